@@ -226,6 +226,37 @@ class Rollouts:
         """A copy with more signals."""
         return replace(self, signals={**self.signals, **signals})
 
+    def select(self, rows: Int[Tensor, " R"], covers: Cover = "row") -> "Rollouts":
+        """Some of the rows, in the order given, with their spans and signals; ids are made dense again.
+
+        Args:
+            covers: what a correct statistic can still see in the slice; say "group" when whole groups were taken.
+        """
+        _, groups = torch.unique(self.group_ids[rows], return_inverse=True)
+        _, trajectories = torch.unique(self.trajectory_ids[rows], return_inverse=True)
+        kept = {name: _kept_spans(spans, rows, self.batch) for name, spans in self.spans.items()}
+        units = {
+            "batch": torch.zeros(1, dtype=torch.int64, device=self.device),
+            "group": torch.unique(self.group_ids[rows]),
+            "trajectory": torch.unique(self.trajectory_ids[rows]),
+            "token": rows,
+            **{name: which for name, (_, which) in kept.items()},
+        }
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                changes[f.name] = value[rows]
+        changes.update(
+            group_ids=groups,
+            trajectory_ids=trajectories,
+            covers=covers,
+            spans={name: spans for name, (spans, _) in kept.items()},
+            signals={k: replace(v, values=v.values[units[v.unit]]) for k, v in self.signals.items()},
+            meta={k: [v[i] for i in rows.tolist()] for k, v in self.meta.items()},
+        )
+        return replace(self, **changes)
+
     def to(self, device: torch.device | str) -> "Rollouts":
         """A copy on another device."""
         return self._map_tensors(lambda x: x.to(device))
@@ -379,6 +410,11 @@ class Credit:
             self, advantages=torch.where(mask, self.advantages, torch.zeros_like(self.advantages)), mask=mask
         )
 
+    def select(self, rows: Int[Tensor, " R"]) -> "Credit":
+        """Some of the rows, without the parts: what a loss needs for a micro-batch."""
+        returns = None if self.returns is None else self.returns[rows]
+        return replace(self, advantages=self.advantages[rows], mask=self.mask[rows], returns=returns, parts={})
+
     def total(self, rollouts: Rollouts) -> Float[Tensor, "B T"]:
         """The parts added up at each position in the mask: the advantage again, up to rounding."""
         out = torch.zeros_like(self.advantages)
@@ -516,6 +552,21 @@ def _padded(
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype).reshape(len(rows), width)
 
 
+def _kept_spans(spans: Spans, rows: Tensor, batch: int) -> tuple[Spans, Tensor]:
+    """The spans of the chosen rows, renumbered, and which of the old ones they are."""
+    place = rows.new_full((batch,), -1).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+    which = (place[spans.row] >= 0).nonzero()[:, 0]
+    columns: dict[str, Any] = {k: None if v is None else v[which] for k, v in _columns(spans).items()}
+    new = which.new_full((len(spans) + 1,), -1).scatter_(0, which, torch.arange(len(which), device=rows.device))
+    if spans.parent is not None:
+        columns["parent"] = new[spans.parent[which]]  # new[-1] stays -1, the root
+    columns["row"] = place[spans.row[which]]
+    return Spans(**columns), which
+
+
+def _columns(spans: Spans) -> dict[str, Any]:
+    return {f.name: getattr(spans, f.name) for f in fields(spans)}
+
+
 def _moved(spans: Spans, move: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    columns = {f.name: getattr(spans, f.name) for f in fields(spans)}
-    return {k: None if v is None else move(v) for k, v in columns.items()}
+    return {k: None if v is None else move(v) for k, v in _columns(spans).items()}

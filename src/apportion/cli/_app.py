@@ -1,0 +1,65 @@
+"""What every command shares: parsing by tyro, the help text from the docstring, printing JSON."""
+
+import inspect
+import io
+import json
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from apportion.cli._errors import UserError
+
+
+def call(command: Callable[..., int], argv: Sequence[str]) -> int:
+    """Parse `argv` for a command and run it. The help is its docstring, up to "Args:"."""
+
+    @wraps(command)
+    def later(*args: Any, **options: Any) -> Callable[[], int]:
+        return partial(command, *args, **options)
+
+    about = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].rstrip()
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            parsed = tyro.cli(
+                later,
+                prog=f"apportion {command.__name__}",
+                description=about,
+                args=list(argv),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            )
+    except SystemExit as leaving:
+        if not leaving.code:
+            return 0
+        raise UserError(_unboxed(complaint.getvalue())) from None
+    return parsed()
+
+
+def _unboxed(text: str) -> str:
+    """The sentences of a message that was drawn in a box."""
+    lines = (line.strip("╭╮╰╯│─ ") for line in text.splitlines())
+    return "; ".join(line for line in list(lines)[1:] if line)
+
+
+def print_json(answer: Any) -> None:
+    """Strict JSON: NaN and infinities as null."""
+    print(json.dumps(_strict(answer), indent=2))
+
+
+def existing(path: Path) -> Path:
+    """The path, if there is such a file or folder."""
+    if not path.exists():
+        raise UserError(f"there is no {path}. Give a run folder or a JSON lines file.")
+    return path
+
+
+def _strict(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {str(k): _strict(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_strict(v) for v in x]
+    return None if isinstance(x, float) and x - x != 0 else x

@@ -1,0 +1,146 @@
+"""Learning curves of recorded runs: grouped by what was run, averaged over seeds, with bootstrap intervals."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apportion.record import Run
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+_RESAMPLES = 10_000
+_GRID = 200
+_NOT_THE_METHOD = ("seed", "out", "run", "path", "resume", "track")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    credit: str
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean over seeds against sampled tokens; `low` and `high` are a 95 % interval, None for a single seed."""
+
+    tokens: Array
+    mean: Array
+    low: Array | None
+    high: Array | None
+
+
+def group_runs(paths: list[Path]) -> list[Group]:
+    """The runs by credit and configuration other than the seed, in order of appearance."""
+    by_key: dict[str, list[Run]] = {}
+    for path in paths:
+        run = Run(path)
+        by_key.setdefault(str((run.info.get("credit"), sorted(_config(run).items(), key=str))), []).append(run)
+    groups = list(by_key.values())
+    labels = _labels([runs[0] for runs in groups])
+    return [Group(label, str(runs[0].info.get("credit")), runs) for label, runs in zip(labels, groups, strict=True)]
+
+
+def _config(run: Run) -> dict[str, Any]:
+    config = run.info.get("config") or {}
+    return {k: v for k, v in config.items() if k not in _NOT_THE_METHOD}
+
+
+def _labels(firsts: list[Run]) -> list[str]:
+    """The credit; where two groups share it, also the settings in which the groups differ."""
+    credits = [str(run.info.get("credit")) for run in firsts]
+    keys = sorted({k for run in firsts for k in _config(run)} - {"credit"})
+    differ = [k for k in keys if len({str(_config(run).get(k)) for run in firsts}) > 1]
+    return [
+        " ".join([credit, *(f"{k}={_config(run).get(k)}" for k in differ)]) if credits.count(credit) > 1 else credit
+        for credit, run in zip(credits, firsts, strict=True)
+    ]
+
+
+# ---- curves -----------------------------------------------------------------------------------------------------------
+
+
+def points(run: Run, kind: str, name: str) -> tuple[Array, Array]:
+    """Sampled tokens and a number, from the metrics lines that hold both."""
+    lines = [m for m in run.metrics(kind) if m.get(name) is not None and m.get("tokens") is not None]
+    return np.array([m["tokens"] for m in lines], dtype=float), np.array([m[name] for m in lines], dtype=float)
+
+
+def curve(runs: list[Run], kind: str, name: str) -> Curve | None:
+    """The mean over seeds on the stretch of tokens that all of them cover; None where there is nothing to draw."""
+    each = [points(run, kind, name) for run in runs]
+    if any(len(tokens) == 0 for tokens, _ in each):
+        return None
+    if len(each) == 1:
+        return Curve(*each[0], None, None)
+    start, stop = max(tokens[0] for tokens, _ in each), min(tokens[-1] for tokens, _ in each)
+    if stop < start:
+        return None
+    grid = np.linspace(start, stop, _GRID)
+    seeds = np.stack([np.interp(grid, tokens, values) for tokens, values in each])
+    means = _weights(len(seeds), np.random.default_rng(0)) @ seeds
+    return Curve(grid, seeds.mean(0), np.quantile(means, 0.025, axis=0), np.quantile(means, 0.975, axis=0))
+
+
+# ---- before and after -------------------------------------------------------------------------------------------------
+
+
+def budget(groups: list[Group]) -> float | None:
+    """The most sampled tokens at which every run that was evaluated has an evaluation behind it."""
+    last = [tokens[-1] for g in groups for run in g.runs if len(tokens := points(run, "eval", "accuracy")[0])]
+    return min(last) if last else None
+
+
+def before_after(group: Group, tokens: float) -> dict[str, Any]:
+    """Accuracy at the first evaluation and at the last one within the budget, and their paired difference.
+
+    The interval resamples held-out problems, and seeds where there are several; None where the evaluations do not say
+    which problems were answered.
+    """
+    pairs = [pair for run in group.runs if (pair := _first_and_last(run, tokens))]
+    if not pairs:
+        return {"before": None, "after": None, "difference": None, "interval": None, "tokens": None, "problems": None}
+    before = float(np.mean([first["accuracy"] for first, _ in pairs]))
+    after = float(np.mean([last["accuracy"] for _, last in pairs]))
+    changes = _changes(pairs)
+    return {
+        "before": before,
+        "after": after,
+        "difference": after - before,
+        "interval": None if changes is None else paired_interval(changes),
+        "tokens": float(np.mean([last["tokens"] for _, last in pairs])),
+        "problems": pairs[0][1].get("n"),
+    }
+
+
+def paired_interval(changes: Array) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean of `changes` [seeds, problems], resampling both."""
+    rng = np.random.default_rng(0)
+    seeds, problems = (_weights(n, rng) for n in changes.shape)
+    means = ((seeds @ changes) * problems).sum(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def _weights(n: int, rng: np.random.Generator) -> Array:
+    """Bootstrap weights [resamples, n]: how often each of n is drawn in n draws, over n."""
+    weights: Array = rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) / n
+    return weights
+
+
+def _first_and_last(run: Run, tokens: float) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    lines = [m for m in run.metrics("eval") if m.get("accuracy") is not None and m.get("tokens") is not None]
+    within = [m for m in lines if m["tokens"] <= tokens]
+    return (within[0], within[-1]) if len(within) > 1 else None
+
+
+def _changes(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> Array | None:
+    lists = [[m.get("correct") or [] for m in pair] for pair in pairs]
+    sizes = {len(x) for pair in lists for x in pair}
+    if len(sizes) != 1 or sizes == {0}:
+        return None
+    before, after = np.array(lists, dtype=np.float64).swapaxes(0, 1)
+    changes: Array = after - before
+    return changes

@@ -1,0 +1,72 @@
+"""`apportion COMMAND ...`: finds the command, imports only that one, and says user mistakes in one line."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module, metadata
+
+from apportion.cli._errors import nearest, one_line
+
+COMMANDS = {
+    "train": "Train a language model with a credit method, and record everything.",
+    "compare": "Compare runs on equal sampled tokens: a table and learning curves.",
+    "credit": "Compute the credit of logged rollouts, or check a run's.",
+    "show": "Show one rollout as a heat map of credit, with the sum behind each number.",
+    "methods": "List the credit methods and what they need.",
+    "tasks": "List the tasks.",
+    "doctor": "Say what this installation can do, and how to get the rest.",
+}
+_HELP = """usage: apportion COMMAND [options]
+
+Every token gets the credit it earned.
+
+commands:
+{commands}
+
+examples:
+  apportion doctor
+  apportion methods
+  apportion show runs/capo
+  apportion compare runs/grpo-* runs/capo-*
+
+apportion COMMAND --help explains one command. APPORTION_DEBUG=1 shows the traceback of every error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code: 0 fine, 1 the answer is no, 2 a mistake in the call, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())))
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(metadata.version("apportion"))
+        return 0
+    try:
+        return _run(argv[0], argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `apportion methods | head -3`
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        line = one_line(error)
+        if line is None or os.environ.get("APPORTION_DEBUG") == "1":
+            raise
+        print(f"apportion: {line}", file=sys.stderr)
+        return 2
+
+
+def _run(name: str, argv: list[str]) -> int:
+    if name not in COMMANDS:
+        print(f"apportion: there is no command {name!r}. {nearest(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    command = import_module(f"apportion.cli.{name}")
+    code: int = command.main(argv)
+    sys.stdout.flush()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""`apportion methods`"""
+
+import inspect
+import re
+from typing import Any
+
+from apportion import credit
+from apportion.cli._app import call, print_json
+from apportion.cli._compose import bound, exported, kind_of
+
+
+def main(argv: list[str]) -> int:
+    """Parse and run."""
+    return call(methods, argv)
+
+
+def methods(*, json: bool = False) -> int:
+    """List the credit methods: what each needs, what it must see at once, and where it comes from.
+
+    Any name is a value of --credit; so is a composition such as "chain(grpo(), clip(limit=2.0))", and your own
+    module:function.
+
+    Examples:
+      apportion methods
+      apportion methods --json
+
+    Args:
+        json: print JSON.
+    """
+    rows = [_row(name) for name in exported()]
+    rows.sort(key=lambda row: (["estimator", "transform", "combinator"].index(row["kind"]), row["name"]))
+    if json:
+        print_json(rows)
+    else:
+        _print_table(rows)
+    return 0
+
+
+def _row(name: str) -> dict[str, Any]:
+    function = getattr(credit, name)
+    doc = inspect.getdoc(function) or ""
+    made = None if kind_of(name) == "combinator" else bound(function)
+    return {
+        "name": name,
+        "kind": kind_of(name),
+        "needs": list(made.requires) if made else [],
+        "scope": made.scope if made else None,
+        "group_of": made.needs_group_of if made else None,
+        "about": doc.partition("\n")[0],
+        "source": _source(doc),
+        "expression": repr(made) if made else None,
+    }
+
+
+def _source(doc: str) -> str | None:
+    """The first clause of the docstring's field "Source:"."""
+    found = re.search(r"Source: (.*?)(?:\.\s|\.$|;|\n\s*\n|$)", doc, re.DOTALL)
+    return " ".join(found[1].split()) if found else None
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("name", "kind", "needs", "scope", "source"):
+        table.add_column(column, no_wrap=column in ("name", "kind", "scope"), overflow="fold")
+    for row in rows:
+        cells = (row["name"], row["kind"], ", ".join(row["needs"]), row["scope"] or "", row["source"] or row["about"])
+        table.add_row(*(Text(cell) for cell in cells))
+    Console().print(table)

@@ -1,0 +1,62 @@
+"""Scans from the end of a line of positions, in blocks: no loop over positions, no powers of gamma."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+_BLOCK = 32
+
+
+def suffix_sum(values: Float[Tensor, " M"], carry: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """Discounted sums from each position on: `x[t] = values[t] + carry[t] x[t+1]`, in float64.
+
+    A carry of 0 ends a sequence: nothing of the next one, NaN included, passes it. With `carry = gamma lam` inside
+    sequences this is the GAE recursion; with 1 it is a plain return.
+
+    Example:
+        >>> suffix_sum(torch.tensor([1.0, 1.0, 1.0, 5.0]), torch.tensor([0.5, 0.5, 0.0, 0.0]))
+        tensor([1.7500, 1.5000, 1.0000, 5.0000], dtype=torch.float64)
+    """
+    return _suffix_scan(values.double(), carry.double(), _add, 0.0)
+
+
+def suffix_min(values: Float[Tensor, " M"], carry: Bool[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """Smallest value from each position on: `x[t] = min(values[t], x[t+1] if carry[t])`, in float64.
+
+    Example:
+        >>> suffix_min(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, True, False]))
+        tensor([1., 1., 2.], dtype=torch.float64)
+    """
+    return _suffix_scan(values.double(), carry.double(), _least, torch.inf)
+
+
+def _add(value: Tensor, carry: Tensor, following: Tensor) -> Tensor:
+    return value + torch.where(carry != 0, carry * following, 0.0)
+
+
+def _least(value: Tensor, carry: Tensor, following: Tensor) -> Tensor:
+    return torch.minimum(value, torch.where(carry != 0, following, torch.inf))
+
+
+def _suffix_scan(
+    values: Tensor, carry: Tensor, step: Callable[[Tensor, Tensor, Tensor], Tensor], nothing: float
+) -> Tensor:
+    """Scan blocks of 32 positions side by side, then the first positions of the blocks, then pass those results on."""
+    length = values.shape[0]
+    if not length:
+        return values
+    blocks = -(-length // _BLOCK)
+    fill = blocks * _BLOCK - length
+    value = pad(values, (0, fill), value=nothing).view(blocks, _BLOCK).T.contiguous()
+    through = pad(carry, (0, fill)).view(blocks, _BLOCK).T.contiguous()
+    inside = value.clone()
+    for k in range(_BLOCK - 2, -1, -1):
+        inside[k] = step(value[k], through[k], inside[k + 1])
+        through[k] *= through[k + 1]
+    if blocks > 1:
+        heads = _suffix_scan(inside[0], through[0], step, nothing)
+        inside = step(inside, through, pad(heads[1:], (0, 1), value=nothing))
+    return inside.T.reshape(-1)[:length]

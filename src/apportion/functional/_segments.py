@@ -1,0 +1,53 @@
+"""Sums over segments: members named by an id, never by differences of a running sum."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def segment_sum(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
+    """Sum of the members of each segment, in float64.
+
+    `out[k] = sum of values[m] with ids[m] = k`; members with a negative id are left out. An empty segment sums to 0.
+
+    Example:
+        >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), 3)
+        tensor([3., 0., 4.], dtype=torch.float64)
+    """
+    inside = ids >= 0
+    out = torch.zeros(segments, dtype=torch.float64, device=values.device)
+    return out.scatter_add_(0, ids.clamp(min=0), torch.where(inside, values.double(), 0.0)) if segments else out
+
+
+def segment_count(ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
+    """How many members each segment has, as float64."""
+    return segment_sum(torch.ones_like(ids, dtype=torch.float64), ids, segments)
+
+
+def segment_mean(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
+    """Mean of the members of each segment, in float64; 0 where a segment is empty."""
+    return segment_sum(values, ids, segments) / segment_count(ids, segments).clamp(min=1)
+
+
+def segment_min(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
+    """Smallest member of each segment, in float64; +inf where a segment is empty."""
+    out = torch.full((segments,), torch.inf, dtype=torch.float64, device=values.device)
+    inside = torch.where(ids >= 0, values.double(), torch.inf)
+    return out.scatter_reduce_(0, ids.clamp(min=0), inside, "amin") if segments else out
+
+
+def segment_max(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
+    """Largest member of each segment, in float64; -inf where a segment is empty."""
+    return -segment_min(-values, ids, segments)
+
+
+def segment_any(flags: Bool[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Bool[Tensor, " K"]:
+    """Whether any member of each segment is True."""
+    return segment_sum(flags.double(), ids, segments) > 0
+
+
+def at_members(values: Float[Tensor, " K"], ids: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """The segment's value at each of its members; 0 at members of no segment."""
+    if not values.shape[0]:
+        return torch.zeros(ids.shape, dtype=values.dtype, device=values.device)
+    return torch.where(ids >= 0, values[ids.clamp(min=0)], torch.zeros_like(values[:1]))

@@ -1,0 +1,99 @@
+"""Run as a script by `Worker`: calls one function, request after request, in a process that may be killed.
+
+Standard library only, so that it starts at once and holds little memory. Requests come pickled from the parent, which
+is trusted; replies go back as JSON, because what a function read from a model is not. Both are preceded by their length.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+HEADER = struct.Struct(">Q")
+
+
+def serve() -> None:
+    """Answer until the parent closes the pipe. What the function prints goes nowhere."""
+    requests, replies = os.dup(0), os.dup(1)
+    for fd in (0, 1, 2):
+        os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+    setup = _read(requests)
+    try:
+        sys.path[:] = setup["path"]
+        function = _load(setup["target"])
+        _limit_memory(setup["memory"])
+    except BaseException as error:
+        _write(replies, {"status": "raised", "value": f"{type(error).__name__}: {error}"})
+        return
+    _write(replies, {"status": "ok", "value": None})
+    while (arguments := _read(requests)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, setup["seconds"] + 1.0)  # SIGALRM ends an orphan that hangs
+        reply = _answer(function, arguments)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _write(replies, reply)
+
+
+def _answer(function: Callable[..., Any], arguments: Any) -> dict[str, Any]:
+    try:
+        return {"status": "ok", "value": function(*arguments)}
+    except MemoryError:
+        return {"status": "memory", "value": None}
+    except BaseException as error:
+        return {"status": "raised", "value": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
+def _load(target: str) -> Callable[..., Any]:
+    """`module:function` or `/path/to/file.py:function`."""
+    where, _, name = target.rpartition(":")
+    if not where.endswith(".py"):
+        return getattr(importlib.import_module(where), name)  # type: ignore[no-any-return]
+    spec = importlib.util.spec_from_file_location("target", where)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _limit_memory(extra: int) -> None:
+    """Address space may grow by this much beyond what the imports took."""
+    now = 0
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as f:
+            now = int(f.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + extra, now + extra))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _read(fd: int) -> Any:
+    head = _exactly(fd, HEADER.size)
+    if head is None:
+        return None
+    body = _exactly(fd, HEADER.unpack(head)[0])
+    return None if body is None else pickle.loads(body)
+
+
+def _exactly(fd: int, size: int) -> bytes | None:
+    parts = []
+    while size and (part := os.read(fd, size)):
+        parts.append(part)
+        size -= len(part)
+    return None if size else b"".join(parts)
+
+
+def _write(fd: int, reply: dict[str, Any]) -> None:
+    data = json.dumps(reply).encode()
+    data = HEADER.pack(len(data)) + data
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+if __name__ == "__main__":
+    serve()

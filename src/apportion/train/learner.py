@@ -1,0 +1,108 @@
+"""One update: micro-batches of the rows on which the loss is not flat, one optimizer step."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion.losses import LossSum, Totals, totals_of
+from apportion.train.policy import Policy
+from apportion.types import Credit, Rollouts
+
+
+class NotFinite(ValueError):
+    """A loss, reward or gradient is NaN or infinite. `rows` are the rollouts that caused it."""
+
+    def __init__(self, what: str, rows: Sequence[int]):
+        super().__init__(what)
+        self.rows = list(rows)
+
+
+def update(
+    policy: Policy,
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    credit: Credit,
+    loss: LossSum,
+    *,
+    micro_tokens: int,
+    grad_clip: float,
+    skip_flat: bool = True,
+) -> dict[str, float]:
+    """Gradient of the whole step's loss, clipped, then one optimizer step. Returns the metrics.
+
+    Rows on which every term is flat are left out (with `skip_flat`): their gradient is exactly zero, and `totals` count
+    them all the same, so nothing but the time changes.
+
+    Raises:
+        NotFinite: before the weights are touched, with the rows that caused it.
+    """
+    totals = totals_of(rollouts, credit)
+    live = ~loss.flat_rows(rollouts, credit) if skip_flat else rollouts.lengths > 0
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    metrics: dict[str, float] = {}
+    for rows in micro_batches(rollouts, live.nonzero()[:, 0], micro_tokens):
+        part = _backward(policy, rollouts, credit, loss, totals, rows)
+        metrics = {k: metrics.get(k, 0.0) + v for k, v in part.items()}
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, grad_clip, foreach=True))
+    if not _finite(norm, metrics.get("loss", 0.0)):
+        guilty = _guilty(policy, parameters, rollouts, credit, loss, totals, live.nonzero()[:, 0])
+        raise NotFinite(f"the loss is {metrics.get('loss')} and its gradient norm {norm}", guilty)
+    optimizer.step()
+    return {"loss": 0.0, **metrics, "grad_norm": norm, "live_rows": float(live.float().mean())}
+
+
+def micro_batches(rollouts: Rollouts, rows: Tensor, limit: int) -> Iterator[Tensor]:
+    """Cut `rows` into runs of at most `limit` padded tokens; rows of a group stay neighbours, so prompts are shared."""
+    order = rows[torch.argsort(rollouts.group_ids[rows], stable=True)]
+    lengths = rollouts.lengths.tolist()
+    batch: list[int] = []
+    widest = 0
+    for row in order.tolist():
+        wider = max(widest, lengths[row])
+        if batch and wider * (len(batch) + 1) > limit:
+            yield torch.tensor(batch, device=rows.device)
+            batch, wider = [], lengths[row]
+        batch.append(row)
+        widest = wider
+    if batch:
+        yield torch.tensor(batch, device=rows.device)
+
+
+def _backward(
+    policy: Policy, rollouts: Rollouts, credit: Credit, loss: LossSum, totals: Totals, rows: Tensor
+) -> dict[str, float]:
+    part, part_credit = rollouts.select(rows), credit.select(rows)
+    outputs = policy.outputs(part, part_credit.mask, loss.needs)
+    value, metrics = loss(outputs, part, part_credit, totals.take(rows))
+    value.backward()  # type: ignore[no-untyped-call]
+    return dict(metrics)
+
+
+def _finite(*numbers: float) -> bool:
+    return all(x - x == 0 for x in numbers)
+
+
+def _guilty(
+    policy: Policy,
+    parameters: Sequence[torch.nn.Parameter],
+    rollouts: Rollouts,
+    credit: Credit,
+    loss: LossSum,
+    totals: Totals,
+    rows: Tensor,
+) -> list[int]:
+    """The rows whose own gradient is not finite; every row if only their sum overflows."""
+    guilty = []
+    for row in rows.tolist():
+        for p in parameters:
+            p.grad = None
+        metrics = _backward(policy, rollouts, credit, loss, totals, torch.tensor([row], device=rows.device))
+        grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        if not _finite(norm, metrics["loss"]):
+            guilty.append(row)
+    return guilty or rows.tolist()

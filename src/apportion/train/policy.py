@@ -1,0 +1,323 @@
+"""What the loop knows of a model: `sample(requests) -> Rollouts` and `outputs(rollouts, where, needs) -> Outputs`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from apportion.losses import Outputs
+from apportion.signals import pieces_of
+from apportion.tasks import Problem
+from apportion.train.models import resolve_model
+from apportion.train.packing import pack
+from apportion.train.sampler import Sampled, sample
+from apportion.types import Rollouts
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to sample `count` responses for."""
+
+    problem: Problem
+    count: int
+
+
+class Policy(Protocol):
+    """The only thing the loop knows of a model."""
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> Rollouts:
+        """One row per response, prompt included, one group per request."""
+
+    def outputs(self, rollouts: Rollouts, where: Bool[Tensor, "B T"], needs: Sequence[str] = ()) -> Outputs:
+        """Log-probabilities (and values, entropies) at the positions of `where`, 0 elsewhere, with gradient."""
+
+
+class CausalPolicy:
+    """A causal language model of transformers, with its tokenizer, an optional LoRA adapter and an optional value head.
+
+    Weights are float32; with precision "bfloat16" the learner computes under autocast and the sampler keeps a bfloat16
+    copy, refreshed after every update. "auto" takes bfloat16 where the processor has it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        precision: Precision = "auto",
+        temperature: float = 1.0,
+        critic: bool = False,
+        share_prompt: bool = True,
+        sample_rows: int = 64,
+    ):
+        self.model, self.tokenizer = model.eval(), tokenizer  # no dropout: the ratio starts at 1
+        self.dtype = _dtype(precision, model.device)
+        self.temperature, self.sample_rows = temperature, sample_rows
+        self.share_prompt = share_prompt and _takes_block_masks(model)
+        self.value_head = _value_head(model) if critic else None
+        self._sampler_model = model if self.dtype == torch.float32 else _sampling_copy(model, self.dtype)
+        self._reference: Any = None
+        self.end_ids = _end_ids(model, tokenizer)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
+        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+
+    @classmethod
+    def load(
+        cls, name: str, *, lora_rank: int = 0, lora_alpha: int = 0, seed: int = 0, **settings: Any
+    ) -> "CausalPolicy":
+        """Load a folder, hub name or packaged model (`resolve_model`); `lora_rank` > 0 adds an adapter by peft."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = resolve_model(name)
+        torch.manual_seed(seed)  # fresh adapter and head weights
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if lora_rank:
+            model = _with_lora(model, lora_rank, lora_alpha or 2 * lora_rank)
+        return cls(model, tokenizer, **settings)
+
+    # ---- sampling -----------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, problem: Problem) -> list[int]:
+        """The problem's prompt as tokens: raw text as it is, messages through the model's chat template."""
+        if isinstance(problem.prompt, str):
+            return list(self.tokenizer(problem.prompt)["input_ids"])
+        text = self.tokenizer.apply_chat_template(list(problem.prompt), tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> Rollouts:
+        """One row per response, prompt included, one group per request; groups may differ in size."""
+        prompts = [self.prompt_ids(r.problem) for r in requests]
+        check_lengths(prompts, [r.problem.id for r in requests], max_new_tokens, self.context)
+        groups = sample(
+            self._sampler_model,
+            prompts,
+            [r.count for r in requests],
+            max_new_tokens=max_new_tokens,
+            end_ids=self.end_ids,
+            pad_id=self.pad_id,
+            temperature=temperature,
+            generator=generator,
+            batch_rows=self.sample_rows,
+            on_rows=on_rows,
+        )
+        rows = [(g, prompts[g], s) for g, samples in enumerate(groups) for s in samples]
+        return self._rollouts(rows, [requests[g].problem for g, _, _ in rows])
+
+    def _rollouts(self, rows: Sequence[tuple[int, list[int], Sampled]], problems: Sequence[Problem]) -> Rollouts:
+        tokens = [prompt + s.tokens for _, prompt, s in rows]
+        return Rollouts.from_lists(
+            tokens,
+            [g for g, _, _ in rows],
+            action_mask=[[False] * len(p) + [True] * len(s.tokens) for _, p, s in rows],
+            logprobs=[[0.0] * len(p) + s.logprobs for _, p, s in rows],
+            truncated=[s.truncated for _, _, s in rows],
+            meta={
+                "prompt_id": [p.id for p in problems],
+                "question": [p.question for p in problems],
+                "answer": [p.answer for p in problems],
+                "text": [self.tokenizer.decode(s.tokens, skip_special_tokens=True) for _, _, s in rows],
+                "pieces": [pieces_of(self.tokenizer, row) for row in tokens],
+            },
+        ).to(self.model.device)
+
+    def refresh_sampler(self) -> None:
+        """Copy the trained weights into the sampler's copy; to be called after every update."""
+        if self._sampler_model is self.model:
+            return
+        with torch.no_grad():
+            for copy, weight in zip(self._sampler_model.parameters(), self.model.parameters(), strict=True):
+                if weight.requires_grad:
+                    copy.copy_(weight)
+
+    # ---- learning -----------------------------------------------------------------------------------------------------
+
+    def outputs(
+        self,
+        rollouts: Rollouts,
+        where: Bool[Tensor, "B T"],
+        needs: Sequence[str] = (),
+        temperature: float | None = None,
+    ) -> Outputs:
+        """Log-probabilities (and "values", "entropies") at the positions of `where`, 0 elsewhere, with gradient.
+
+        Logits exist only at those positions. They are divided by the sampling temperature (or the one given), so that
+        the ratio to the sampled log-probabilities is 1 before the first update. A row's first position has no state
+        before it.
+        """
+        return self._outputs(self.model, rollouts, where, needs, temperature or self.temperature)
+
+    def reference_logprobs(self, rollouts: Rollouts, where: Bool[Tensor, "B T"]) -> Tensor:
+        """Log-probabilities under the kept reference, without gradient."""
+        with torch.no_grad(), self._reference_model() as model:
+            return self._outputs(model, rollouts, where, (), self.temperature).logprobs
+
+    def keep_reference(self) -> None:
+        """Remember the present weights as the reference. Costs nothing with a fresh LoRA adapter, else a frozen copy."""
+        fresh = hasattr(self.model, "disable_adapter") and all(
+            not p.any() for name, p in self.model.named_parameters() if "lora_B" in name
+        )
+        self._reference = "base" if fresh else deepcopy(self.model).requires_grad_(False)
+
+    def reference_state(self) -> dict[str, Tensor] | None:
+        """What a checkpoint must hold of the reference; None where the base model is the reference."""
+        if self._reference is None or self._reference == "base":
+            return None
+        return {name: p for name, p in self._reference.named_parameters() if name in self.trainable()}
+
+    def load_reference(self, state: dict[str, Tensor] | None) -> None:
+        """The inverse of `reference_state`."""
+        self._reference = "base"
+        if state is not None:
+            self._reference = deepcopy(self.model).requires_grad_(False)
+            self._reference.load_state_dict(state, strict=False)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters an optimizer may change, by name; the value head's begin with `value_head.`."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.value_head is not None:
+            named.update({f"value_head.{name}": p for name, p in self.value_head.named_parameters()})
+        return named
+
+    def save(self, folder: str) -> None:
+        """Write a plain Hugging Face folder (a LoRA adapter is merged into a copy first)."""
+        model = deepcopy(self.model).merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _outputs(
+        self, model: Any, rollouts: Rollouts, where: Tensor, needs: Sequence[str], temperature: float
+    ) -> Outputs:
+        assert rollouts.tokens is not None
+        packed = pack(rollouts, pad_id=self.pad_id, share=self.share_prompt)
+        mask: Any = packed.mask if self.share_prompt else _padding_mask(packed.home, packed.tokens, rollouts)
+        row, position = where.nonzero(as_tuple=True)
+        if bool((position == 0).any()):
+            raise ValueError(
+                "a row's first token cannot be scored: nothing precedes it. Begin rows with a prompt or a start token."
+            )
+        with self._autocast():
+            body, head = _body_and_head(model)
+            hidden = body(input_ids=packed.tokens, attention_mask=mask, position_ids=packed.positions, use_cache=False)
+            states = hidden.last_hidden_state.flatten(0, 1)[packed.home[row, position - 1]]
+            logits = head(states).float() / temperature
+        normaliser = logits.logsumexp(1)
+        logprobs = logits.gather(1, rollouts.tokens[row, position][:, None])[:, 0] - normaliser
+
+        def spread(values: Tensor) -> Tensor:
+            return torch.zeros(where.shape, device=where.device).index_put((row, position), values)
+
+        entropies = values = None
+        if "entropies" in needs:
+            entropies = spread(normaliser - (torch.softmax(logits, 1) * logits).sum(1))
+        if "values" in needs:
+            if self.value_head is None:
+                raise ValueError("values need a critic, which this policy lacks. Train with critic=True.")
+            values = spread(self.value_head(states.float())[:, 0])
+        return Outputs(spread(logprobs), values, entropies)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self.dtype)
+
+    @contextmanager
+    def _reference_model(self) -> Iterator[Any]:
+        if self._reference is None:
+            raise ValueError("a reference is needed, but none was kept. Call keep_reference() before the first update.")
+        if self._reference == "base":
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self._reference
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], names: Sequence[str], max_new_tokens: int, context: int) -> None:
+    """Refuse prompts that leave no room for the response, naming the first."""
+    for name, prompt in zip(names, prompts, strict=True):
+        if not prompt:
+            raise ValueError(f"problem {name} has an empty prompt. Give the model at least one token to continue.")
+        if len(prompt) + max_new_tokens > context:
+            raise ValueError(
+                f"problem {name} needs {len(prompt)} prompt tokens + {max_new_tokens} new ones, but the model's context has "
+                f"{context}. Shorten the prompt or lower max_new_tokens."
+            )
+
+
+def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def _sampling_copy(model: Any, dtype: torch.dtype) -> Any:
+    return deepcopy(model).to(dtype).requires_grad_(False)
+
+
+def _takes_block_masks(model: Any) -> bool:
+    """Whether every layer is plain softmax attention that obeys a 4-D mask (no sliding windows, no recurrent layers)."""
+    config = model.config
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return config._attn_implementation in ("sdpa", "eager") and layers == {"full_attention"} and not windowed
+
+
+def _padding_mask(home: Tensor, tokens: Tensor, rollouts: Rollouts) -> Tensor:
+    """The ordinary 2-D mask: without sharing, packed sequence p is row p."""
+    return (torch.arange(tokens.shape[1], device=tokens.device) < rollouts.lengths[:, None]).to(torch.int64)
+
+
+def _body_and_head(model: Any) -> tuple[Any, Any]:
+    """The transformer without its output layer, and the output layer."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return plain.base_model, plain.get_output_embeddings()
+
+
+def _value_head(model: Any) -> torch.nn.Linear:
+    """V = w h + b, starting at 0."""
+    head = torch.nn.Linear(model.config.hidden_size, 1).to(model.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return head
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a response, as the model's generation settings and its tokenizer say."""
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = declared if isinstance(declared, list) else [declared]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def _with_lora(model: Any, rank: int, alpha: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, settings)

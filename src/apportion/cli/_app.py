@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from apportion.cli._errors import UserError
+
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="N")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 
 
 def call(command: Callable[..., int], argv: Sequence[str]) -> int:
@@ -35,14 +39,17 @@ def call(command: Callable[..., int], argv: Sequence[str]) -> int:
     except SystemExit as leaving:
         if not leaving.code:
             return 0
-        raise UserError(_unboxed(complaint.getvalue())) from None
+        raise UserError(_unboxed(complaint.getvalue(), command.__name__)) from None
     return parsed()
 
 
-def _unboxed(text: str) -> str:
-    """The sentences of a message that was drawn in a box."""
-    lines = (line.strip("╭╮╰╯│─ ") for line in text.splitlines())
-    return "; ".join(line for line in list(lines)[1:] if line)
+def _unboxed(text: str, name: str) -> str:
+    """The message that was drawn in a box, without its repetition of the help text."""
+    lines = [line.strip("╭╮╰╯│─ ") for line in text.splitlines()]
+    message = " ".join(line for line in lines[1:] if line)
+    for repetition in ("Argument helptext", "For full helptext"):
+        message = message.partition(repetition)[0]
+    return f"{message.strip().rstrip('.')}. See: apportion {name} --help"
 
 
 def print_json(answer: Any) -> None:

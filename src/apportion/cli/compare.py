@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from apportion.cli._app import call, print_json
+from apportion.cli._app import OptionalPath, call, print_json
 from apportion.cli._curves import Curve, Group, before_after, budget, curve, group_runs
 from apportion.cli._errors import UserError
 
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
 
 
 def compare(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, *, out: Path | None = None, json: bool = False
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, *, out: OptionalPath = None, json: bool = False
 ) -> int:
     """Compare runs on equal sampled tokens: accuracy before and after, and learning curves.
 

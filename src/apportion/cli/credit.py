@@ -10,7 +10,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from apportion.cli._app import call, existing, print_json
+from apportion.cli._app import OptionalNumber, OptionalPath, OptionalText, call, existing, print_json
 from apportion.cli._compose import parse_credit
 from apportion.cli._errors import UserError
 from apportion.credit import Estimator
@@ -37,9 +37,9 @@ def credit(
     source: Annotated[Path, tyro.conf.Positional],
     /,
     *,
-    credit: str | None = None,
-    step: int | None = None,
-    out: Path | None = None,
+    credit: OptionalText = None,
+    step: OptionalNumber = None,
+    out: OptionalPath = None,
     check: bool = False,
     json: bool = False,
 ) -> int:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from apportion.cli import _heat
-from apportion.cli._app import call, existing, print_json
+from apportion.cli._app import OptionalNumber, OptionalText, call, existing, print_json
 from apportion.cli._compose import parse_credit
 from apportion.cli._errors import UserError
 from apportion.record import Run, read_jsonl
@@ -25,10 +25,10 @@ def show(
     source: Annotated[Path, tyro.conf.Positional],
     /,
     *,
-    step: int | None = None,
-    row: int | None = None,
-    prompt: str | None = None,
-    credit: str | None = None,
+    step: OptionalNumber = None,
+    row: OptionalNumber = None,
+    prompt: OptionalText = None,
+    credit: OptionalText = None,
     tokens: bool = False,
     json: bool = False,
 ) -> int:

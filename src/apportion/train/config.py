@@ -184,6 +184,6 @@ class Config:
 
 
 def _expression(value: Any) -> str:
-    if type(value).__repr__ == object.__repr__:  # an address would differ in every process
+    if " object at 0x" in repr(value):  # an address would differ in every process
         return f"{type(value).__module__}:{type(value).__qualname__}"
     return repr(value)

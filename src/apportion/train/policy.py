@@ -82,7 +82,9 @@ class CausalPolicy:
     ) -> "CausalPolicy":
         """Load a folder, hub name or packaged model (`resolve_model`); `lora_rank` > 0 adds an adapter by peft."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # the run has its own
         folder = resolve_model(name)
         torch.manual_seed(seed)  # fresh adapter and head weights
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -34,11 +34,11 @@ class Report:
         self.writer.metrics(step, kind, **numbers)
         if self.tracker:
             self.tracker.log(step, kind, {k: v for k, v in numbers.items() if isinstance(v, int | float)})
-        self.console.print(_line(step, kind, numbers, self.config), markup=False)
+        self.console.print(_line(step, kind, numbers, self.config), markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line for people only."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Any]:

@@ -206,7 +206,7 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 
 
 def test_a_folder_that_takes_no_new_files():
-    """/proc refuses new files from everybody, root included: what a read-only disk does."""
+    """Nobody can make a folder in /proc, root included; permissions would not stop root."""
     with pytest.raises(OSError, match=r"/proc/self/run cannot be created: .*\. Choose a folder you can write to"):
         RunWriter.create("/proc/self/run", INFO)
 
@@ -309,7 +309,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 
 def test_killed_while_writing_the_folder_still_reads(tmp_path):
-    """kill -9 at ten moments: every file that exists is whole, and resuming clears what was half done."""
+    """kill -9 at five moments: every file that exists is whole, and resuming clears what was half done."""
     code = (
         "import sys, itertools; sys.path.insert(0, sys.argv[2]); from apportion.record import RunWriter\n"
         "import torch; from apportion import Rollouts, Credit\n"

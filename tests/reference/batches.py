@@ -14,8 +14,7 @@ def random_batch(seed: int, *, dtype: torch.dtype = torch.float64, unmeasured: b
     rows = []
     for group in range(rng.randint(1, 4)):
         for member in range(rng.randint(1, 5)):
-            for place in range(1 if rng.random() < 0.7 else 2):
-                rows.append((group, f"{group}.{member}", place))
+            rows += [(group, f"{group}.{member}", place) for place in range(1 if rng.random() < 0.7 else 2)]
     rng.shuffle(rows)
     lengths = [rng.randint(0, 9) for _ in rows]
     masks = [[rng.random() < 0.8 for _ in range(n)] for n in lengths]

@@ -68,14 +68,20 @@ def deviation(xs: list[float], ddof: int = 1) -> float:
 
 
 def group_relative(
-    r: Rollouts, baseline: str = "mean", scale: str | None = "std", ddof: int = 1, eps: float = 1e-6, inside: str = "std"
+    r: Rollouts,
+    baseline: str = "mean",
+    scale: str | None = "std",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    inside: str = "std",
 ) -> list[list[float]]:
     all_measured = [float(v) for v in r.signals["outcome"].values if not math.isnan(v)]
     table = blank(r)
     every = episodes(r)
     for e in every:
         mates = [k.outcome for k in every if k.group == e.group and not math.isnan(k.outcome)]
-        if math.isnan(e.outcome) or len(mates) < 2:
+        alone = len(mates) < 2 and not (baseline == "none" and scale in (None, "batch_std"))
+        if math.isnan(e.outcome) or alone:
             continue
         others = list(mates)
         others.remove(e.outcome)
@@ -99,7 +105,7 @@ def group_relative(
 
 def capo(r: Rollouts, vote: str, correct: float = 2.0, penalty: float = 1.0, eps: float = 1e-6) -> list[list[float]]:
     every = episodes(r)
-    rewards = [{a: correct * e.outcome for a in e.actions} for e in every]
+    rewards = [dict.fromkeys(e.actions, correct * e.outcome) for e in every]
     for e, reward in zip(every, rewards, strict=True):
         for step in e.steps:
             verdicts = [float(v) for v in r.signals["judge"].values[step.number] if not math.isnan(v)]
@@ -206,10 +212,7 @@ def tempo(r: Rollouts, scale: str | None = "std", eps: float = 1e-6) -> list[lis
         put(
             table,
             e.actions,
-            [
-                (e.outcome - mean(rewards) + value(t + 1) - value(t)) / divisor
-                for t in range(len(e.actions))
-            ],
+            [(e.outcome - mean(rewards) + value(t + 1) - value(t)) / divisor for t in range(len(e.actions))],
         )
     return table
 

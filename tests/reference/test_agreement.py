@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import loops
-from reference.batches import random_batch
 
 from apportion import capo, gae, group_relative, prefix_td, process_min
+from reference import loops
+from reference.batches import random_batch
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=40, deadline=None)

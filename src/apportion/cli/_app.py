@@ -13,6 +13,7 @@ import tyro
 
 from apportion.cli._errors import UserError
 
+_PIPE_WIDTH = 160
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
 OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="N")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
@@ -25,13 +26,18 @@ def call(command: Callable[..., int], argv: Sequence[str]) -> int:
     def later(*args: Any, **options: Any) -> Callable[[], int]:
         return partial(command, *args, **options)
 
-    about = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].rstrip()
+    return call_with(later, argv, command.__name__, lambda parsed: parsed())
+
+
+def call_with(shape: Callable[..., Any], argv: Sequence[str], name: str, run: Callable[[Any], int]) -> int:
+    """Parse `argv` into `shape` (a function or a dataclass) and run with what it made."""
+    about = inspect.cleandoc(shape.__doc__ or "").partition("\nArgs:")[0].rstrip()
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
             parsed = tyro.cli(
-                later,
-                prog=f"apportion {command.__name__}",
+                shape,
+                prog=f"apportion {name}",
                 description=about,
                 args=list(argv),
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
@@ -39,22 +45,32 @@ def call(command: Callable[..., int], argv: Sequence[str]) -> int:
     except SystemExit as leaving:
         if not leaving.code:
             return 0
-        raise UserError(_unboxed(complaint.getvalue(), command.__name__)) from None
-    return parsed()
+        raise UserError(_unboxed(complaint.getvalue(), name)) from None
+    return run(parsed)
 
 
 def _unboxed(text: str, name: str) -> str:
     """The message that was drawn in a box, without its repetition of the help text."""
     lines = [line.strip("╭╮╰╯│─ ") for line in text.splitlines()]
-    message = " ".join(line for line in lines[1:] if line)
-    for repetition in ("Argument helptext", "For full helptext"):
+    message = " ".join(line for line in lines[1:] if line.strip("-"))  # a rule is dashes where there is no Unicode
+    for repetition in ("Got errors:", "Argument helptext", "For full helptext"):
         message = message.partition(repetition)[0]
-    return f"{message.strip().rstrip('.')}. See: apportion {name} --help"
+    return f"{message.replace('{None}|', '').strip().rstrip('.')}. See: apportion {name} --help"
 
 
 def print_json(answer: Any) -> None:
     """Strict JSON: NaN and infinities as null."""
     print(json.dumps(_strict(answer), indent=2))
+
+
+def console() -> Any:
+    """Where people read: the terminal's width, but wide enough for tables where the output is a file or a pipe."""
+    from rich.console import Console
+
+    made = Console(highlight=False)
+    if not made.is_terminal:
+        made.width = max(made.width, _PIPE_WIDTH)
+    return made
 
 
 def existing(path: Path) -> Path:

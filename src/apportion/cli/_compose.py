@@ -54,6 +54,13 @@ def kind_of(name: str) -> str:
     return "transform" if _is_transform(bound(getattr(credit, name))) else "estimator"
 
 
+def short(expression: str) -> str:
+    """The exported name (`capo`) whose expanded composition this is; the expression itself if there is none."""
+    made = {name: bound(function) for name, function in exported().items() if name not in COMBINATORS}
+    names = [name for name, estimator in made.items() if repr(estimator) == expression]
+    return min(names, key=len, default=expression)
+
+
 def _is_transform(x: Any) -> bool:
     return isinstance(x, credit.Transform)
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from apportion.cli._compose import short
 from apportion.record import Run
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _RESAMPLES = 10_000
 _GRID = 200
-_NOT_THE_METHOD = ("seed", "out", "run", "path", "resume", "track")
+_NOT_THE_METHOD = ("seed", "out", "progress", "track", "save_every")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _config(run: Run) -> dict[str, Any]:
 
 def _labels(firsts: list[Run]) -> list[str]:
     """The credit; where two groups share it, also the settings in which the groups differ."""
-    credits = [str(run.info.get("credit")) for run in firsts]
+    credits = [short(str(run.info.get("credit"))) for run in firsts]
     keys = sorted({k for run in firsts for k in _config(run)} - {"credit"})
     differ = [k for k in keys if len({str(_config(run).get(k)) for run in firsts}) > 1]
     return [

@@ -1,12 +1,14 @@
 """One rollout as text: tokens on a colour scale of credit, and the sum behind every number."""
 
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -75,8 +77,8 @@ def view_of(rollouts: Rollouts, credit: Credit, row: int) -> View:
         parts=per_part,
         step_ids=step_ids,
         steps=steps,
-        judge=_span_signal(rollouts, "judge", mine),
-        process=_span_signal(rollouts, "process", mine),
+        judge=_step_signal(rollouts, "judge", mine, axes=1),
+        process=_step_signal(rollouts, "process", mine, axes=0),
         outcome=float(outcome.values[rollouts.trajectory_ids[row]]) if outcome is not None and known else None,
     )
 
@@ -109,9 +111,10 @@ def _steps(rollouts: Rollouts, row: int, size: int) -> tuple[list[tuple[int, int
     return steps, ids, mine
 
 
-def _span_signal(rollouts: Rollouts, name: str, mine: Any) -> Any:
+def _step_signal(rollouts: Rollouts, name: str, mine: Any, *, axes: int) -> Any:
     signal = rollouts.signals.get(name)
-    return None if signal is None or signal.unit != "step" else signal.values[mine].double().tolist()
+    known = signal is not None and signal.unit == "step" and signal.values.dim() == 1 + axes
+    return signal.values[mine].double().tolist() if signal is not None and known else None
 
 
 # ---- stretches: one line of the table each ------------------------------------------------------------------------
@@ -154,18 +157,20 @@ def written_sum(advantage: float, parts: Mapping[str, float], digits: int = _DIG
 
     What the parts leave unexplained beyond rounding is shown as `unexplained`.
     """
+    if not all(map(math.isfinite, (advantage, *parts.values()))):
+        return f"{advantage} = " + " ".join(f"{x:+} {visible(name)}" for name, x in parts.items())
     scale = 10**digits
-    tolerance = 1e-4 * max(1.0, abs(advantage), *(abs(x) for x in parts.values()))
     rest = advantage - sum(parts.values())
-    if parts and abs(rest) > tolerance:
+    if parts and abs(rest) > 0.5 / scale + 1e-6 * max(abs(x) for x in parts.values()):
         parts = {**parts, "unexplained": rest}
-    ticks = {name: round(x * scale) for name, x in parts.items()}
-    missing = round(advantage * scale) - sum(ticks.values())
-    by_error = sorted(parts, key=lambda name: (parts[name] * scale - ticks[name]) * (1 if missing > 0 else -1))
-    for name in list(reversed(by_error))[: abs(missing)]:
-        ticks[name] += 1 if missing > 0 else -1
+    total, ticks = round(advantage * scale), {name: round(x * scale) for name, x in parts.items()}
+    missing = total - sum(ticks.values())
+    one = 1 if missing > 0 else -1
+    worst_first = sorted(parts, key=lambda name: one * (ticks[name] - parts[name] * scale))
+    for name, _ in zip(cycle(worst_first), range(abs(missing)), strict=False):
+        ticks[name] += one
     terms = " ".join(f"{_signed(n / scale, parts[name], digits)} {visible(name)}" for name, n in ticks.items())
-    return f"{advantage:+.{digits}f}" + (f" = {terms}" if terms else "")
+    return _signed(total / scale, advantage, digits) + (f" = {terms}" if terms else "")
 
 
 def _signed(rounded: float, exact: float, digits: int) -> str:
@@ -188,7 +193,9 @@ def _escaped(c: str) -> str:
 
 
 def colour(value: float, scale: float) -> Style:
-    """Blue for credit, orange for blame, nothing for zero."""
+    """Blue for credit, orange for blame, nothing for zero; a number that is not finite is reversed."""
+    if not math.isfinite(value):
+        return Style(reverse=True)
     share = min(abs(value) / scale, 1.0) if scale > 0 else 0.0
     if share == 0.0:
         return Style()
@@ -202,7 +209,8 @@ def colour(value: float, scale: float) -> Style:
 
 def scale_of(view: View) -> float:
     """The largest credit or blame in the row: the end of the colour scale."""
-    return max((abs(a) for a, counted in zip(view.advantages, view.counted, strict=True) if counted), default=0.0)
+    counted = (abs(a) for a, counts in zip(view.advantages, view.counted, strict=True) if counts)
+    return max(filter(math.isfinite, counted), default=0.0)
 
 
 def heat_map(view: View) -> Text:
@@ -269,8 +277,3 @@ def verdicts(critiques: Sequence[float]) -> str:
     if len(critiques) == 1:
         return "wrong" if wrong else "ok"
     return f"wrong {wrong} of {len(usable)}" if wrong else f"ok {len(usable)} of {len(usable)}"
-
-
-def width_of(console: Console) -> int:
-    """Wide enough for the sums where the output is a file or a pipe."""
-    return console.width if console.is_terminal else max(console.width, 160)

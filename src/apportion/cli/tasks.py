@@ -1,8 +1,8 @@
 """`apportion tasks`"""
 
-from collections.abc import Mapping
+from dataclasses import asdict
 
-from apportion.cli._app import call, print_json
+from apportion.cli._app import call, console, print_json
 
 
 def main(argv: list[str]) -> int:
@@ -11,7 +11,7 @@ def main(argv: list[str]) -> int:
 
 
 def tasks(*, json: bool = False) -> int:
-    """List the tasks that --task accepts.
+    """List the tasks: what each is, what it needs, and an example of what --task accepts.
 
     Examples:
       apportion tasks
@@ -20,14 +20,19 @@ def tasks(*, json: bool = False) -> int:
     Args:
         json: print JSON.
     """
+    from rich.table import Table
+    from rich.text import Text
+
     from apportion.tasks import available
 
-    names = available()
-    about = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, "")
+    rows = [asdict(info) for info in available()]
     if json:
-        print_json([{"name": name, "about": text} for name, text in about.items()])
+        print_json(rows)
         return 0
-    width = max(map(len, about), default=0)
-    for name, text in about.items():
-        print(f"{name:<{width}}  {text}".rstrip())
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in rows[0]:
+        table.add_column(name, overflow="fold", no_wrap=name == "name")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row.values()))
+    console().print(table)
     return 0

@@ -7,7 +7,20 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import wraps
 from types import NoneType, UnionType
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Union, cast, get_args, get_origin, overload
+from typing import (
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    overload,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor
@@ -32,7 +45,7 @@ class Estimator:
         name: the function that makes the credit (a composition has the name of its first part).
         key: the expression with every setting written out; two estimators with the same key are equal.
         expression: the expression as it was written, what `repr` shows.
-        run: the computation, in float64 and without rounding.
+        run: the computation with its checks, in float64 and without rounding.
         requires: what the rollouts must have: "signals.outcome", "spans.step", "values", "tokens", "logprobs" ...
         scope: what a correct answer must see: one row, its whole group, the whole batch.
         needs_group_of: the smallest group size that can carry a signal.
@@ -51,12 +64,7 @@ class Estimator:
 
     def __call__(self, rollouts: Rollouts) -> Credit:
         """The credit of these rollouts, rounded once: float64 if every float that was read is, else float32."""
-        return _rounded(self.compute(rollouts), _output_dtype(rollouts, self.requires))
-
-    def compute(self, rollouts: Rollouts) -> Credit:
-        """The credit before rounding, for compositions."""
-        check(rollouts, self.name, self.requires, self.scope)
-        return self.run(rollouts)
+        return _rounded(self.run(rollouts), _output_dtype(rollouts, self.requires))
 
     def __repr__(self) -> str:
         return self.expression
@@ -81,17 +89,13 @@ class Transform:
 
     def __call__(self, credit: Credit, rollouts: Rollouts) -> Credit:
         """The changed credit, in the dtype of the credit given."""
-        return _rounded(self.compute(credit, rollouts), credit.advantages.dtype)
-
-    def compute(self, credit: Credit, rollouts: Rollouts) -> Credit:
-        """The changed credit before rounding, for compositions."""
-        check(rollouts, self.name, self.requires, self.scope)
-        return self.run(credit, rollouts)
+        return _rounded(self.run(credit, rollouts), credit.advantages.dtype)
 
     def __repr__(self) -> str:
         return self.expression
 
 
+@runtime_checkable
 class EstimatorFunction(Protocol[P]):
     """A decorated credit function: with rollouts it runs, without it binds its settings."""
 
@@ -104,6 +108,7 @@ class EstimatorFunction(Protocol[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Estimator: ...
 
 
+@runtime_checkable
 class TransformFunction(Protocol[P]):
     """A decorated change of credit: with credit and rollouts it runs, without it binds its settings."""
 
@@ -140,17 +145,15 @@ def estimator(
 
         @wraps(function)
         def bind_or_run(*given: Any, **settings: Any) -> Any:
-            bound = _bound(function.__name__, allowed, settings)
-            made = Estimator(
-                function.__name__,
-                _call(function.__name__, bound),
-                _call(function.__name__, settings),
-                lambda rollouts: function(rollouts, **bound),  # type: ignore[call-arg]
-                _required(_of(requires, bound), bound),
-                _of(scope, bound),
-                _of(needs_group_of, bound),
-                _of(laws, bound),
-            )
+            name, bound = function.__name__, _bound(function.__name__, allowed, settings)
+            needs, sees = _required(_of(requires, bound), bound), _of(scope, bound)
+
+            def run(rollouts: Rollouts) -> Credit:
+                check(rollouts, name, needs, sees)
+                return function(rollouts, **bound)  # type: ignore[call-arg]
+
+            size, kept = _of(needs_group_of, bound), _of(laws, bound)
+            made = Estimator(name, _call(name, bound), _call(name, settings), run, needs, sees, size, kept)
             return _run_or_return(made, given, (Rollouts,))
 
         return cast(EstimatorFunction[P], _marked(bind_or_run, "estimator"))
@@ -175,17 +178,18 @@ def transform(
 
         @wraps(function)
         def bind_or_run(*given: Any, **settings: Any) -> Any:
-            bound = _bound(function.__name__, allowed, settings)
-            made = Transform(
-                function.__name__,
-                _call(function.__name__, bound),
-                _call(function.__name__, settings),
-                lambda credit, rollouts: function(credit, rollouts, **bound),  # type: ignore[call-arg]
-                _required(_of(requires, bound), bound),
-                _of(scope, bound),
-                _of(needs_group_of, bound),
-                lambda before: _without_additive(before) if laws is None else laws(bound, before),
-            )
+            name, bound = function.__name__, _bound(function.__name__, allowed, settings)
+            needs, sees = _required(_of(requires, bound), bound), _of(scope, bound)
+
+            def run(credit: Credit, rollouts: Rollouts) -> Credit:
+                check(rollouts, name, needs, sees)
+                return function(credit, rollouts, **bound)  # type: ignore[call-arg]
+
+            def kept(before: tuple[str, ...]) -> tuple[str, ...]:
+                return _without_additive(before) if laws is None else laws(bound, before)
+
+            size = _of(needs_group_of, bound)
+            made = Transform(name, _call(name, bound), _call(name, settings), run, needs, sees, size, kept)
             return _run_or_return(made, given, (Credit, Rollouts))
 
         return cast(TransformFunction[P], _marked(bind_or_run, "transform"))

@@ -26,9 +26,9 @@ def chain(first: Estimator, *transforms: Transform) -> Estimator:
         _check_kind("chain", step, Transform)
 
     def run(rollouts: Rollouts) -> Credit:
-        credit = first.compute(rollouts)
+        credit = first.run(rollouts)
         for step in transforms:
-            credit = step.compute(credit, rollouts)
+            credit = step.run(credit, rollouts)
         return credit
 
     members: tuple[Estimator | Transform, ...] = (first, *transforms)
@@ -64,7 +64,7 @@ def add(*terms: tuple[float, Estimator]) -> Estimator:
             raise TypeError(f"add needs (weight, estimator) pairs; got a {type(weight).__name__} as weight.")
 
     def run(rollouts: Rollouts) -> Credit:
-        credits = [term.compute(rollouts).scaled(float(weight), rollouts) for weight, term in terms]
+        credits = [term.run(rollouts).scaled(float(weight), rollouts) for weight, term in terms]
         return _united(credits, [t.name for _, t in terms], rollouts, "add")
 
     members = [term for _, term in terms]
@@ -86,24 +86,24 @@ def partition(by: Mapping[str, Estimator]) -> Estimator:
     Example:
         >>> from apportion.credit import dr_grpo, signed_outcome
         >>> partition({"think": signed_outcome(), "answer": dr_grpo()}).requires
-        ('signals.outcome', 'spans.think', 'spans.answer')
+        ('spans.think', 'spans.answer', 'signals.outcome')
     """
     if not by:
         raise TypeError("partition needs {spans_name: estimator}; got nothing.")
     for member in by.values():
         _check_kind("partition", member, Estimator)
     members = list(by.values())
-    requires = tuple(dict.fromkeys((*_all_required(members), *(f"spans.{name}" for name in by))))
+    requires = tuple(dict.fromkeys((*(f"spans.{name}" for name in by), *_all_required(members))))
 
     def run(rollouts: Rollouts) -> Credit:
-        check(rollouts, "partition", requires, "row")
+        check(rollouts, "partition", [f"spans.{name}" for name in by], "row")
         inside = {name: rollouts.span_ids(name) >= 0 for name in by}
         for one, other in combinations(by, 2):
             if bool((inside[one] & inside[other]).any()):
                 raise ValueError(
                     f"partition needs disjoint spans, but {one!r} and {other!r} overlap. Cut one, or use add."
                 )
-        credits = [est.compute(rollouts).narrowed(inside[name]) for name, est in by.items()]
+        credits = [est.run(rollouts).narrowed(inside[name]) for name, est in by.items()]
         return _united(credits, list(by), rollouts, "partition")
 
     return Estimator(

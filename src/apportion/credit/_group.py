@@ -15,7 +15,7 @@ _UNITS = ("trajectory", "token")
 
 
 def _requires(s: Settings) -> tuple[str, ...]:
-    return ("signals.{reward}",) if s["unit"] in _UNITS else ("signals.{reward}", "spans.{unit}")
+    return ("signals.{reward}",) if s["unit"] in _UNITS else ("spans.{unit}", "signals.{reward}")
 
 
 def _scope(s: Settings) -> Cover:
@@ -23,8 +23,12 @@ def _scope(s: Settings) -> Cover:
 
 
 def _needs_group_of(s: Settings) -> int:
-    alone = s["baseline"] == "none" and s["scale"] in (None, "batch_std")
-    return 1 if alone or s["singleton"] == "raw" else 2
+    return 2 if _compares(s["baseline"], s["scale"]) and s["singleton"] != "raw" else 1
+
+
+def _compares(baseline: str, scale: str | None) -> bool:
+    """Whether a member's advantage depends on the others of its group."""
+    return baseline != "none" or scale not in (None, "batch_std")
 
 
 def _laws(s: Settings) -> tuple[str, ...]:
@@ -56,9 +60,9 @@ def group_relative(
     Reads: signals[reward], spans[unit]. Scope: group, or batch for `scale="batch_std"`. Unit: `unit`.
     Laws: adding a constant to the rewards of a group changes nothing (not for `baseline="none"` or `scale="mean"`);
         with `baseline="mean"` the advantages of a group's members sum to 0.
-    Degenerate: a group with one measured member gets 0 (`singleton`); equal rewards 0 whenever a scale or a baseline is
-        used; an unmeasured trajectory advantage 0 and mask False; an unmeasured span or token 0, counted in notes; an
-        empty response counts in the statistics, since its reward was measured.
+    Degenerate: a group with one measured member gets 0 (`singleton`) if members are compared; equal rewards 0 if a
+        baseline or a scale is used; an unmeasured trajectory advantage 0 and mask False; an unmeasured span or token 0,
+        counted in notes; an empty response counts in the statistics, since its reward was measured.
 
     Args:
         rollouts: the batch.
@@ -83,7 +87,7 @@ def group_relative(
     """
     values, ids, groups = _members(rollouts, reward, unit, pool)
     stats = group_statistics(values, ids, groups)
-    alone = stats.count == 1
+    alone = (stats.count == 1) & _compares(baseline, scale)
     if singleton == "error" and bool(alone.any()):
         raise ValueError(
             f"group_relative needs two measured members in a group; {int(alone.sum())} of {groups} have one. "

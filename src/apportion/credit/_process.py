@@ -34,7 +34,7 @@ from apportion.types import Credit, Rollouts, Signal
 Vote = Literal["intersection", "majority", "union", "average"]
 
 
-@estimator(requires=("signals.{outcome}", "signals.{judge}", "spans.{spans}"), laws=("additive",))
+@estimator(requires=("spans.{spans}", "signals.{outcome}", "signals.{judge}"), laws=("additive",))
 def process_penalty(
     rollouts: Rollouts,
     *,
@@ -139,7 +139,7 @@ def capo(
 
 
 def _min_requires(s: Settings) -> tuple[str, ...]:
-    return ("signals.{process}", "spans.{spans}") + (("signals.{outcome}",) if s["coef"] else ())
+    return ("spans.{spans}", "signals.{process}") + (("signals.{outcome}",) if s["coef"] else ())
 
 
 @estimator(requires=_min_requires, scope="group", needs_group_of=2, laws=("shift",))

@@ -14,7 +14,7 @@ from apportion.types import Credit, Rollouts, Signal
 def _requires(s: Settings) -> tuple[str, ...]:
     spans = () if s["over"] == "token" else ("spans.{over}",)
     penalty = ("logprobs", "ref_logprobs") if s["kl_coef"] else ()
-    return ("values", "signals.{reward}", *spans, *penalty)
+    return (*spans, "values", "signals.{reward}", *penalty)
 
 
 @estimator(requires=_requires)

@@ -7,7 +7,7 @@ of the batch: loss(batch) = sum over micro-batches of loss(micro-batch), and the
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -84,6 +84,7 @@ def totals_of(rollouts: Rollouts, credit: Credit) -> Totals:
     )
 
 
+@runtime_checkable
 class Loss(Protocol):
     """One term of a loss. `needs`: optional fields of `Outputs` it reads. `requires`: fields of `Rollouts` or `Credit`."""
 

@@ -214,7 +214,8 @@ def _tokens(lines: list[_Line]) -> list[list[int]]:
         ids = iter(_dense(str(x) for line in lines for x in line.entry["pieces"]))
         return [[next(ids) for _ in line.entry["pieces"]] for line in lines]
     for line in lines:
-        if not all(type(x) is int and 0 <= x < 2**63 for x in line.entry.get("tokens") or ["missing"]):
+        tokens = line.entry.get("tokens")
+        if tokens is None or not all(type(x) is int and 0 <= x < 2**63 for x in tokens):
             line.fail("tokens must be whole numbers, one per token, on every line of the file or on none.")
     return [line.entry["tokens"] for line in lines]
 
@@ -242,6 +243,9 @@ def _with_measured(bare: Rollouts, lines: list[_Line], dtype: torch.dtype) -> Ro
     spans = {name: _spans(bare, [line.entry["spans"].get(name, []) for line in lines]) for name in span_sets}
     signals = {}
     for name in _names(line.entry["signals"] for line in lines):
+        first = next(line for line in lines if name in line.entry["signals"])
+        if (unit := _unit(first, name)[0]) not in (known := (*_WHOLE, "token", *spans)):
+            first.fail(f"signals.{name} has unit {unit!r}, which is not known here. Give one of: {', '.join(known)}.")
         signals[name] = _signal(bare, lines, name, dtype)
     try:
         return bare.replace(spans=spans, signals=signals)

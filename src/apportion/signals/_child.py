@@ -30,9 +30,9 @@ def serve() -> None:
         function = _load(setup["target"])
         _limit_memory(setup["memory"])
     except BaseException as error:
-        _write(replies, {"status": "raised", "value": f"{type(error).__name__}: {error}"})
+        _write(replies, _encoded("raised", f"{type(error).__name__}: {error}"))
         return
-    _write(replies, {"status": "ok", "value": None})
+    _write(replies, _encoded("ok", None))
     while (arguments := _read(requests)) is not None:
         signal.setitimer(signal.ITIMER_REAL, setup["seconds"] + 1.0)  # SIGALRM ends an orphan that hangs
         reply = _answer(function, arguments)
@@ -40,13 +40,17 @@ def serve() -> None:
         _write(replies, reply)
 
 
-def _answer(function: Callable[..., Any], arguments: Any) -> dict[str, Any]:
+def _answer(function: Callable[..., Any], arguments: Any) -> bytes:
     try:
-        return {"status": "ok", "value": function(*arguments)}
+        return _encoded("ok", function(*arguments))
     except MemoryError:
-        return {"status": "memory", "value": None}
+        return _encoded("memory", None)
     except BaseException as error:
-        return {"status": "raised", "value": f"{type(error).__name__}: {str(error)[:500]}"}
+        return _encoded("raised", f"{type(error).__name__}: {str(error)[:500]}")
+
+
+def _encoded(status: str, value: Any) -> bytes:
+    return json.dumps({"status": status, "value": value}).encode()
 
 
 def _load(target: str) -> Callable[..., Any]:
@@ -88,8 +92,7 @@ def _exactly(fd: int, size: int) -> bytes | None:
     return None if size else b"".join(parts)
 
 
-def _write(fd: int, reply: dict[str, Any]) -> None:
-    data = json.dumps(reply).encode()
+def _write(fd: int, data: bytes) -> None:
     data = HEADER.pack(len(data)) + data
     while data:
         data = data[os.write(fd, data) :]

@@ -117,7 +117,7 @@ class Endpoint:
         """Fill the reply; how long to wait before asking again, None if that is not needed or no use."""
         from openai import APIConnectionError, APIStatusError
 
-        pause = 0.5 * 2 ** (reply.calls - 1) * random.Random().uniform(0.5, 1.5)
+        pause: float = 0.5 * 2.0 ** (reply.calls - 1) * random.Random().uniform(0.5, 1.5)
         try:
             async with asyncio.timeout(min(self.timeout, budget.left())):
                 _fill(reply, await _post(client, body))

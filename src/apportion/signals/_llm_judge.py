@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from time import monotonic
 from typing import Any
 
@@ -110,8 +111,8 @@ class LLMJudge:
         """
         if self.cache is not None:
             _check_folder(Path(self.cache))
-        replies = self._probe(retries=min(self.retries, 1))
-        failed = next((r for r in replies if r.text is None), None)
+        replies = self._probe()
+        failed = next((r for r in replies if r.text is None and not r.skipped), None)
         if failed is not None:
             raise JudgeError(
                 f"LLMJudge needs a chat model {self.model!r} at {self.base_url}; got {failed.problem}. "
@@ -120,10 +121,11 @@ class LLMJudge:
         if self._varies is False:
             raise JudgeError(self._same_words())
 
-    def _probe(self, retries: int) -> list[Reply]:
+    def _probe(self) -> list[Reply]:
         """K replies to an open-ended request; remembers whether they differ."""
         ask = [{"role": "user", "content": _PROBE}]
-        replies = self._endpoint(retries).ask([self._body(ask, k) for k in range(self.critiques)], self._budget())
+        bodies = [self._body(ask, k) for k in range(self.critiques)]
+        replies = self._endpoint(min(self.retries, 1)).ask(bodies, Budget(self._calls_left()))
         self._total["calls"] += sum(r.calls for r in replies)
         texts = [r.text for r in replies if r.text is not None]
         if len(texts) > 1:
@@ -237,7 +239,7 @@ class LLMJudge:
         tally["identical"] = same
         if self.critiques > 1 and texts and same == len(texts):
             if self._varies is None:
-                self._probe(self.retries)
+                self._probe()
             if self._varies is False:
                 raise JudgeError(self._same_words())
 
@@ -271,8 +273,10 @@ class LLMJudge:
         return Endpoint(self.base_url, key, self.concurrency, retries, self.timeout)
 
     def _budget(self) -> Budget:
-        calls = math.inf if self.max_calls is None else self.max_calls - self._total["calls"]
-        return Budget(calls, math.inf if self.max_seconds is None else self.max_seconds)
+        return Budget(self._calls_left(), math.inf if self.max_seconds is None else self.max_seconds)
+
+    def _calls_left(self) -> float:
+        return math.inf if self.max_calls is None else self.max_calls - self._total["calls"]
 
 
 _COUNTS = (
@@ -337,7 +341,9 @@ def _column(rollouts: Rollouts, name: str, who: str) -> Sequence[Any]:
 
 def _check_folder(folder: Path) -> None:
     try:
-        ReplyCache(folder).put("check", "")
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(b"x")
     except OSError as error:
         raise JudgeError(
             f"LLMJudge needs a cache folder it can write; got {folder}: {error}. Give another, or cache=None."

@@ -1,12 +1,14 @@
 """Which characters each token wrote: one string per token, for any tokenizer with the interface of transformers."""
 
 import codecs
+import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
 _BROKEN = "\ufffd"
 _WAIT = 16
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(Protocol):
@@ -32,8 +34,11 @@ def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     ids = [int(i) for i in ids]
     if not ids:
         return []
-    fast = _byte_level(tokenizer, ids)
-    return fast if "".join(fast) == _decode(tokenizer, ids) else _by_windows(tokenizer, ids)
+    whole = _decode(tokenizer, ids)
+    for pieces in (_byte_level(tokenizer, ids), _by_windows(tokenizer, ids)):
+        if "".join(pieces) == whole:
+            return pieces
+    return _by_windows(tokenizer, ids, _inside_bytes(tokenizer, ids))
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -67,20 +72,30 @@ def _byte_table() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _by_windows(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+def _by_windows(tokenizer: Tokenizer, ids: Sequence[int], inside: Sequence[bool] = ()) -> list[str]:
     """Any tokenizer: decode each token after the ones just before it, wait while the last character is incomplete.
 
     After `_WAIT` tokens of waiting only a token that is whole by itself is worth a look, which keeps the time linear.
+    Nothing is cut after a token for which `inside` is True.
     """
     pieces = [""] * len(ids)
     context = done = 0
     for i in range(len(ids)):
         last = i + 1 == len(ids)
-        if i - done >= _WAIT and not last and _BROKEN in _decode(tokenizer, [ids[i]]):
+        if (inside and inside[i]) or (i - done >= _WAIT and not last and _BROKEN in _decode(tokenizer, [ids[i]])):
             continue
         text = _decode(tokenizer, ids[context : i + 1])
-        if text.endswith(_BROKEN) and not last:
+        if text.endswith(_BROKEN) and not last and not inside:
             continue
         pieces[i] = text[len(_decode(tokenizer, ids[context:done])) :]
         context, done = done, i + 1
     return pieces
+
+
+def _inside_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
+    """Tokens followed by another byte where both are `<0xE2>` and the like.
+
+    SentencePiece decodes such a run as a whole: one bad byte spoils all of it, so it cannot be cut into characters.
+    """
+    byte = [bool(_BYTE.fullmatch(t or "")) for t in tokenizer.convert_ids_to_tokens(list(ids))]
+    return [a and b for a, b in zip(byte, [*byte[1:], False], strict=True)]

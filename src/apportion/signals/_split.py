@@ -104,11 +104,13 @@ def pattern(regex: str) -> Splitter:
 
 
 def step_texts(rollouts: Rollouts, name: str = "step") -> list[str]:
-    """The text of every span of the named set, in the order of the set."""
+    """The text of every span of the named set, in the order of the set, without special tokens at its end."""
     spans = rollouts.spans[name]
-    pieces = rollouts.meta["pieces"]
+    pieces = rollouts.meta.get("pieces")
+    if pieces is None:
+        raise ValueError('a judge needs meta["pieces"], one string per token. Make it with pieces_of.')
     where = zip(spans.row.tolist(), spans.start.tolist(), spans.stop.tolist(), strict=True)
-    return ["".join(pieces[b][start:stop]) for b, start, stop in where]
+    return ["".join(pieces[b][start : _end(pieces[b], start, stop)]) for b, start, stop in where]
 
 
 def steps_by_trajectory(rollouts: Rollouts, name: str = "step") -> list[list[int]]:
@@ -132,16 +134,20 @@ def _runs(mask: Sequence[bool]) -> Iterator[tuple[int, int]]:
             start = None
 
 
+def _end(pieces: Sequence[str], start: int, stop: int) -> int:
+    """Where the writing ends: before the white space and the special tokens at the end."""
+    while stop > start and (not pieces[stop - 1].strip() or _SPECIAL.fullmatch(pieces[stop - 1])):
+        stop -= 1
+    return stop
+
+
 def _without_blanks(edges: Sequence[int], run: Sequence[str]) -> list[tuple[int, int]]:
     """Spans between the edges; a blank one joins the span before it, or at the very start the one after it."""
-    end = len(run)
-    while end and (not run[end - 1].strip() or _SPECIAL.fullmatch(run[end - 1])):
-        end -= 1
+    end = _end(run, 0, len(run))
     out: list[tuple[int, int]] = []
-    first = 0
     for a, b in pairwise(edges):
         if "".join(run[a : min(b, end)]).strip():
-            out.append((first if not out else a, b))
+            out.append((a if out else 0, b))
         elif out:
             out[-1] = (out[-1][0], b)
     return out

@@ -1,5 +1,6 @@
 """A judge without a model: recompute every equation that a step writes, and see whether it gets on with the question."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,18 +32,16 @@ class ToolJudge:
     question_numbers: bool
     no_equation: float
 
-    @property
-    def provides(self) -> tuple[str, ...]:
-        """The signal it measures."""
-        return ("signals.judge",)
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """The spans it judges."""
-        return ("spans.step",)
+    provides = ("signals.judge",)
+    requires = ("spans.step",)
 
     def __repr__(self) -> str:
-        return f"tool_judge(chained={self.chained}, question_numbers={self.question_numbers})"
+        shown = [f"{name}=True" for name in ("chained", "question_numbers") if getattr(self, name)]
+        if not _same(self.no_equation, _default(self.chained)):
+            shown.append(
+                "no_equation=float('nan')" if math.isnan(self.no_equation) else f"no_equation={self.no_equation}"
+            )
+        return f"tool_judge({', '.join(shown)})"
 
     def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
         """`{"judge": [S, 1]}`, one critique that is always the same: 1 = the step is wrong, 0 = it is not."""
@@ -104,8 +103,8 @@ def tool_judge(chained: bool = False, question_numbers: bool = False, no_equatio
     result takes their place; if none was there, nothing changes.
 
     A step without an equation: NaN by default (this judge cannot read prose); with `chained` wrong, because it does
-    nothing, unless it is the last step and its only number is the result reached (the answer line; under the strongest
-    rule only once the whole expression is worked out).
+    nothing, unless it is the last step and its only number, sign aside, is the result reached (the answer line; under
+    the strongest rule only once the whole expression is worked out).
 
     Source: the tool-verified judge of this project's arithmetic tasks; the signal is CAPO's (arXiv 2508.02298), K = 1.
     Reads: meta["pieces"], spans["step"], meta["question"] with `question_numbers`. Scope: row. Unit: step.
@@ -119,12 +118,18 @@ def tool_judge(chained: bool = False, question_numbers: bool = False, no_equatio
         ValueError: meta["question"] is missing, when `question_numbers` needs it; `no_equation` is not 0, 1 or NaN.
     """
     if no_equation is None:
-        no_equation = 1.0 if chained else float("nan")
-    elif no_equation in (0, 1) or no_equation != no_equation:
-        no_equation = float(no_equation)
-    else:
+        no_equation = _default(chained)
+    if not (no_equation in (0, 1) or math.isnan(no_equation)):
         raise ValueError(f"tool_judge needs no_equation to be 0 (not wrong), 1 (wrong) or NaN; got {no_equation}.")
-    return ToolJudge(chained, question_numbers, no_equation)
+    return ToolJudge(chained, question_numbers, float(no_equation))
+
+
+def _default(chained: bool) -> float:
+    return 1.0 if chained else math.nan
+
+
+def _same(x: float, y: float) -> bool:
+    return x == y or (math.isnan(x) and math.isnan(y))
 
 
 def _questions(rollouts: Rollouts) -> list[str]:
@@ -194,9 +199,10 @@ class _Take:
         used = Counter(abs(x) for x in operands(left))
         there = used & self.bag
         kept = there == used
-        if there:
-            self.bag = self.bag - there + Counter([abs(result.value)])
-            self.answer = result.value
+        if not there:
+            return False
+        self.bag = self.bag - there + Counter([abs(result.value)])
+        self.answer = result.value
         return (self.chain is None or self.chain.follow(equation)) and kept
 
 
@@ -252,23 +258,23 @@ class _Reduce:
     def _carry_on(self, used: Sequence[Fraction], result: Fraction) -> None:
         """After a broken rule: the operands that were there are used, the written result takes their place.
 
-        The place is that of the most tightly bound of them, where it ends up for a reader who forgets precedence.
+        The place is that of the most tightly bound of them, and of the leftmost of these: where the result ends up for
+        a reader who forgets precedence. It keeps the sign of that place, unless the left operand was made up.
         """
-        free = _leaves(self.root)
-        found: list[_Leaf] = []
+        leaves = _leaves(self.root)
+        found: list[int] = []
         for x in used:
-            leaf = next((leaf for leaf in free if abs(leaf.value) == abs(x)), None)
-            if leaf is not None:
-                free.remove(leaf)
-                found.append(leaf)
+            spots = (i for i, leaf in enumerate(leaves) if i not in found and abs(leaf.value) == abs(x))
+            found += [i for i in [next(spots, None)] if i is not None]
         if not found:
             return
-        place = max(found, key=lambda leaf: leaf.depth)
-        for leaf in found:
-            if leaf is not place:
-                leaf.owner.items.remove(leaf.item)
-        first = abs(place.value) == abs(used[0])
-        place.item.child, place.item.power = result, place.item.power if first else 1
+        known_left = abs(leaves[found[0]].value) == abs(used[0])
+        at = max(found, key=lambda i: (leaves[i].depth, -i))
+        for i in found:
+            if i != at:
+                leaves[i].owner.items.remove(leaves[i].item)
+        place = leaves[at].item
+        place.child, place.power = result, place.power if known_left else 1
 
 
 def _tree(e: Expression) -> _Tree | None:
@@ -305,17 +311,20 @@ def _reduced(tree: _Tree, left: Operation, result: Fraction) -> bool:
     """Carry out `left`, one operation on two numbers of this sum or product, and put `result` in their place.
 
     The two may stand there as written or both inverted: in 9-3-4, "3+4=7" leaves 9-7; in 9-5+3, "5-3=2" leaves 9-2.
-    Inverted ones that are all there is would leave a bare -7 that nobody wrote, so these are refused.
+    But not if one of them is the plain first: in 7-5+1, "5-7=-2" would leave -(-2)+1, which nobody means by it.
     """
     if not (isinstance(left.left, Number) and isinstance(left.right, Number)):
         return False
     if left.op == "^" or (left.op in "+-") != (tree.kind == "+"):
         return False
     wanted = [(left.left.value, 1), (left.right.value, -1 if left.op in "-/" else 1)]
-    for turn in (1, -1) if len(tree.items) > 2 else (1,):
-        if (pair := _pair(tree, [(x, power * turn) for x, power in wanted])) is not None:
-            tree.items[:] = [i for i in tree.items if i not in pair] + [_Item(result, turn)]
-            return True
+    for turn in (1, -1):
+        pair = _pair(tree, [(x, power * turn) for x, power in wanted])
+        if pair is None or (turn == -1 and tree.items[0] in pair and tree.items[0].power == 1):
+            continue
+        pair[0].child, pair[0].power = result, turn
+        tree.items.remove(pair[1])
+        return True
     return False
 
 

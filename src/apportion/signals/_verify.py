@@ -60,7 +60,7 @@ def numeric_answer(text: str, gold: str, *, tolerance: float = 0.0) -> float:
     if target is None:
         raise ValueError(f"numeric_answer needs a number as gold answer; got {gold!r}. Use symbolic_answer.")
     found = read_number(text)
-    return float(found is not None and abs(found - target) <= Fraction(tolerance))
+    return float(found is not None and abs(found - target) <= Fraction(str(tolerance)))
 
 
 class SymbolicVerifier:

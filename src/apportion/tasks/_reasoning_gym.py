@@ -1,6 +1,7 @@
 """Any data set of reasoning-gym, verified by its own scorer."""
 
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
@@ -32,7 +33,8 @@ def reasoning_gym_task(
     The reward is what the data set's own `score_answer` says of the extracted answer, with one change: an empty answer
     gets 0 (some scorers give up to 0.05). Many scorers give part of the reward for an answer that contains the gold one.
     Scoring runs in a process that is killed after 10 seconds; such an answer gets 0. The data sets composite, boxnet and
-    rush_hour publish no gold answer and are refused. Whether a question belongs to the test is decided by its text.
+    rush_hour publish no gold answer and are refused; list_functions draws other questions each time, whatever the seed
+    (reasoning-gym 0.1.25). Whether a question belongs to the test is decided by its text.
 
     Args:
         name: of the data set. train, test: how many problems. seed: which.
@@ -44,19 +46,22 @@ def reasoning_gym_task(
 
     Raises:
         ValueError: an unknown data set or option (answered with the nearest known one), too few different questions, no
-            gold answer, or reasoning-gym is not installed.
+            gold answer or one that its own scorer does not accept, or reasoning-gym is not installed.
     """
     if extract not in _INSTRUCTIONS:
         raise ValueError(f"extract must be 'tag', 'number' or 'text'; got {extract!r}.")
     entries = _entries(name, seed, draws(train, test), options)
     ask = _INSTRUCTIONS[extract] if instruction is None else instruction
     learn, held = draw(name, (_problem(name, e, ask, chat) for e in entries), train, test)
-    frozen = tuple(options.items())
+    packed = pickle.dumps(options)
 
     def verify(problem: Problem, text: str) -> float:
         answer = extracted(text, extract)
-        return reward_of(_scorer()(name, frozen, answer, problem.data["entry"])) if answer else 0.0
+        return reward_of(_scorer()(name, packed, answer, problem.data["entry"])) if answer else 0.0
 
+    for problem in [*learn, *held][:1]:
+        if verify(problem, problem.answer) != 1:
+            raise ValueError(f"the scorer of {name} does not accept its own gold answer {problem.answer[:80]!r}.")
     return BasicTask(name, learn, held, verify, lines())
 
 

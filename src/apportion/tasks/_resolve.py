@@ -53,7 +53,7 @@ def resolve_task(text: str) -> Task:
     it is a task, or a function without arguments that returns one.
 
     Raises:
-        ValueError: an unknown name or argument (answered with the nearest known one), or text of another form.
+        ValueError: an unknown name or argument (answered with the nearest known one), a wrong one, or text of another form.
     """
     own = _OWN.fullmatch(text.strip())
     if own:
@@ -63,7 +63,12 @@ def resolve_task(text: str) -> Task:
         raise ValueError(f"there is no task {name!r}.{_hint(name)}")
     make = _TASKS[name][0]
     _check_arguments(name, make, positional, named)
-    return make(*positional, **named)
+    try:
+        return make(*positional, **named)
+    except TypeError as error:
+        raise ValueError(
+            f"{text}: an argument has a wrong type: {error}. For example {_TASKS[name][1].example}."
+        ) from error
 
 
 def _parsed(text: str) -> tuple[str, list[Any], dict[str, Any]]:

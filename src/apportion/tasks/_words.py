@@ -47,8 +47,8 @@ def word_problems(
         test_share: see `test`. instruction: stands after the question. chat: prompts are chat messages; False = text.
 
     Raises:
-        ValueError: a file does not exist; a line is broken (file and line are named); train and test share a question;
-            the hub cannot be reached.
+        ValueError: a file does not exist; a line is broken (file and line are named); train and test share a question
+            or one of them is empty; the hub cannot be reached.
     """
     splits = _splits(path, config)
     if test is not None:
@@ -59,6 +59,7 @@ def word_problems(
             "train": [p for p in every if not held_out(p.question, test_share)],
             "test": [p for p in every if held_out(p.question, test_share)],
         }
+        _check_sizes(path, splits, test_share)
     learn, held = ([_asked(p, name, instruction, chat) for p in _distinct(splits[s])] for s in ("train", "test"))
     return BasicTask(name, learn, held, _verify, lines(), tool_judge())
 
@@ -85,6 +86,15 @@ def mawps(path: str, test: str | None = None, *, chat: bool = True) -> BasicTask
     A file, a folder or a hub name: see `word_problems`.
     """
     return word_problems(path, test, name="mawps", chat=chat)
+
+
+def _check_sizes(path: str, splits: Mapping[str, list[Problem]], share: float) -> None:
+    learn, held = len(splits["train"]), len(splits["test"])
+    if not learn or not held:
+        raise ValueError(
+            f"the {learn + held} problems of {path} split into {learn} for train and {held} for test (test_share={share}). "
+            "Give more problems, a test file, or word_problems another test_share."
+        )
 
 
 def _verify(problem: Problem, text: str) -> float:

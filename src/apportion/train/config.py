@@ -52,15 +52,11 @@ class Split(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """One run. `task`, `credit`, `judge` and `splitter` are objects: the library's or the user's own."""
+class Options:
+    """What a run is told in numbers and words; `Config` adds the objects."""
 
     model: str
     """A folder, a hub name (owner/name) or a packaged model (smollm2-135m-instruct)."""
-    task: Task
-    """Prompts with a verifier; see `apportion tasks`."""
-    credit: Estimator
-    """The credit method; see `apportion methods`."""
     out: str
     """Folder of the run; must be new or empty."""
     seed: int = 0
@@ -121,12 +117,6 @@ class Config:
     warmup_batch: int = 16
     """Solutions per supervised step."""
 
-    judge: Measure | None = None
-    """Measures the signal "judge"; None = the task's own."""
-    splitter: Split | None = None
-    """Cuts responses into steps; None = the task's own."""
-    measures: tuple[Measure, ...] = ()
-    """More measures, in order."""
     unmeasured: Literal["stop", "skip"] = "stop"
     """A reward that is NaN: stop the run, or leave the response out of every statistic."""
 
@@ -157,6 +147,22 @@ class Config:
     """Skip responses on which every term of the loss has zero gradient."""
     progress: bool = True
     """Print a line per step and show progress bars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """One run: its options, and the objects that do the work, the library's or the user's own."""
+
+    task: Task
+    """Prompts with a verifier; see `apportion tasks`."""
+    credit: Estimator
+    """The credit method; see `apportion methods`."""
+    judge: Measure | None = None
+    """Measures the signal "judge"; None = the task's own."""
+    splitter: Split | None = None
+    """Cuts responses into steps; None = the task's own."""
+    measures: tuple[Measure, ...] = ()
+    """More measures, in order."""
 
     def loss(self) -> LossSum:
         """The terms of the loss that these options ask for."""

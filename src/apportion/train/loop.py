@@ -34,7 +34,6 @@ def run(config: Config, *, resume: bool = False, command: str = "") -> Path:
     for measure in measures:
         getattr(measure, "check", lambda: None)()  # a judge that cannot be reached is found now
     torch.set_num_threads(config.threads)
-    writer = _open(config, resume, command)
     policy = CausalPolicy.load(
         config.model,
         lora_rank=config.lora_rank,
@@ -47,6 +46,7 @@ def run(config: Config, *, resume: bool = False, command: str = "") -> Path:
         sample_rows=config.sample_rows,
     )
     check_prompts(config, policy)
+    writer = _open(config, resume, command)
     report = Report(writer, config)
     try:
         _train(config, policy, report, measures, load_checkpoint(config.folder / "checkpoints") if resume else None)

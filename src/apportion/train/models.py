@@ -38,8 +38,13 @@ def resolve_model(name: str) -> str:
     )
 
 
+def user_cache(what: str) -> Path:
+    """Where things are kept between runs: `$XDG_CACHE_HOME/apportion/WHAT`, by default under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apportion" / what
+
+
 def _packaged(name: str) -> Path:
-    target = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apportion" / "models" / name
+    target = user_cache("models") / name
     if (target / "config.json").is_file():
         return target
     package, install = PACKAGED[name]

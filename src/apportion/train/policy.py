@@ -1,5 +1,6 @@
 """What the loop knows of a model: `sample(requests) -> Rollouts` and `outputs(rollouts, where, needs) -> Outputs`."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy

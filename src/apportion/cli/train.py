@@ -1,0 +1,131 @@
+"""`apportion train`"""
+
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from typing import Any
+
+from apportion.cli._app import call_with, print_json
+from apportion.cli._compose import parse_credit
+from apportion.cli._errors import UserError, nearest
+from apportion.train.config import Config, Options
+from apportion.train.models import user_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Options):
+    """Train a language model with a credit method, and record everything.
+
+    Examples:
+      apportion train --model smollm2-135m-instruct --task arithmetic --warmup 30 --credit capo --out runs/capo
+      apportion train --model runs/capo/model --task "arithmetic(terms=5)" --credit "chain(grpo(), clip(limit=2.0))" --out runs/five
+      apportion train --model smollm2-135m-instruct --task my_module:my_task --credit gae --critic --out runs/ppo
+      apportion train --resume runs/capo
+      apportion train --resume runs/capo --steps 100
+    """
+
+    task: str
+    """A name, a call with literals, or your own module:function; see `apportion tasks`."""
+    credit: str = "grpo"
+    """A name, a composition, or your own module:function; see `apportion methods`."""
+    splitter: str = "auto"
+    """What cuts responses into steps: auto (the task's own), lines, sentences or blank_lines."""
+    judge: str = "auto"
+    """Who judges steps: auto (the task's own), tool (recomputes equations), or the address of an OpenAI-compatible server (http://127.0.0.1:8000/v1)."""
+    judge_model: str = ""
+    """Name of the model at that address."""
+    judge_critiques: int = 4
+    """Critiques per response."""
+    judge_cache: str = ""
+    """Folder that keeps the judge's replies; empty = apportion/judge in the user's cache folder."""
+    judge_calls: int = 0
+    """Most calls of the judge in the whole run; 0 = no limit."""
+    judge_seconds: float = 0.0
+    """Most seconds of judging in a step; 0 = no limit."""
+    json: bool = False
+    """Print where the run lies, and its last numbers, as JSON."""
+
+
+def main(argv: list[str]) -> int:
+    """Parse and run; `--resume RUN` takes the options that RUN was started with, later ones win."""
+    resumed = "--resume" in argv
+    if resumed:
+        argv = _recorded(argv)
+    return call_with(Arguments, argv, "train", lambda arguments: _train(arguments, argv, resumed))
+
+
+def _train(arguments: Arguments, argv: list[str], resume: bool) -> int:
+    from apportion.record import Run
+    from apportion.train import run
+
+    config = _config(arguments)
+    folder = run(config, resume=resume, command=shlex.join(["apportion", "train", *argv]))
+    last = Run(folder).metrics("eval")[-1:]
+    if arguments.json:
+        print_json({"run": str(folder), "eval": last})
+    elif arguments.progress:
+        print(f"The run is in {folder}. See it: apportion show {folder}", file=sys.stderr)
+    return 0
+
+
+def _config(arguments: Arguments) -> Config:
+    from apportion.tasks import resolve_task
+
+    options: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in fields(Options)}
+    return Config(
+        **options,
+        task=resolve_task(arguments.task),
+        credit=parse_credit(arguments.credit),
+        judge=_judge(arguments),
+        splitter=_splitter(arguments.splitter),
+    )
+
+
+def _splitter(name: str) -> Any:
+    from apportion import signals
+
+    makers = {"lines": signals.lines, "sentences": signals.sentences, "blank_lines": signals.blank_lines}
+    if name == "auto":
+        return None
+    if name not in makers:
+        raise UserError(f"--splitter {name!r} is unknown. {nearest(name, ['auto', *makers])}")
+    return makers[name]()
+
+
+def _judge(arguments: Arguments) -> Any:
+    from apportion import signals
+
+    where = arguments.judge
+    if where == "auto":
+        return None
+    if where == "tool":
+        return signals.tool_judge()
+    if not where.startswith(("http://", "https://")):
+        raise UserError(
+            f"--judge {where!r} is unknown. {nearest(where, ['auto', 'tool'])} Or give an address (http://...)."
+        )
+    if not arguments.judge_model:
+        raise UserError(f"--judge {where} needs --judge-model, the name of the model at that address.")
+    return signals.LLMJudge(
+        model=arguments.judge_model,
+        base_url=where,
+        critiques=arguments.judge_critiques,
+        cache=arguments.judge_cache or user_cache("judge"),
+        max_calls=arguments.judge_calls or None,
+        max_seconds=arguments.judge_seconds or None,
+    )
+
+
+def _recorded(argv: list[str]) -> list[str]:
+    """The options in run.json's command, then those given now."""
+    from apportion.record import Run
+
+    at = argv.index("--resume")
+    if at + 1 == len(argv):
+        raise UserError("--resume needs the folder of a run. Example: apportion train --resume runs/capo")
+    command = shlex.split(Run(argv[at + 1]).info.get("command") or "")
+    if command[:2] != ["apportion", "train"]:
+        raise UserError(
+            f"the run in {argv[at + 1]} was not started by apportion train. Resume it in Python: run(config, resume=True)."
+        )
+    return [*command[2:], "--out", argv[at + 1], *argv[:at], *argv[at + 2 :]]

@@ -1,0 +1,319 @@
+"""Laws that every exported method keeps, on random ragged batches; those a method declares are held against it."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apportion import (
+    Credit,
+    Estimator,
+    Rollouts,
+    Signal,
+    add,
+    capo,
+    chain,
+    clip,
+    credit,
+    gae,
+    group_relative,
+    grpo,
+    nsr,
+    partition,
+    process_min,
+    process_penalty,
+    scale_by_sign,
+    signed_outcome,
+    tempo,
+    w_reinforce,
+    whiten,
+)
+from reference.batches import padded, random_batch, with_outcome
+
+EXPORTED = {name: getattr(credit, name) for name in credit.__all__}
+METHODS = {n: f() for n, f in EXPORTED.items() if getattr(f, "role", None) in ("estimator", "alias")}
+TRANSFORMED = {
+    f"{first.name} then {n}": chain(first, f())
+    for n, f in EXPORTED.items()
+    if getattr(f, "role", None) == "transform"
+    for first in (grpo(), gae(), process_penalty())
+}
+SETTINGS = [
+    *(group_relative(unit=u) for u in ("token", "step", "half")),
+    *(group_relative(scale=s, baseline="leave_one_out") for s in ("leave_one_out_std", "batch_std", "mean", None)),
+    group_relative(reward="process", unit="step", pool="all"),
+    group_relative(baseline="none", scale=None),
+    group_relative(eps=0.0, ddof=0, eps_inside="var"),
+    *(capo(vote=v) for v in ("majority", "union", "average")),
+    gae(over="step", kl_coef=0.1, gamma=0.9),
+    gae(reward="process"),
+    process_min(temperature=None),
+    process_min(baseline="step", unmeasured="process"),
+    process_min(baseline="token", coef=0.0, gamma=0.9),
+    tempo(scale=None),
+    chain(gae(), whiten(), clip(limit=1.0)),
+    chain(process_penalty(), scale_by_sign(positive=0.5, drop_zero=True), whiten(over="group")),
+    add((1.0, grpo()), (0.5, nsr()), (-2.0, capo())),
+    partition({"half": chain(signed_outcome(), clip(limit=0.5)), "step": w_reinforce()}),
+]
+EVERY = {**METHODS, **TRANSFORMED, **{repr(e): e for e in SETTINGS}}
+
+methods = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
+tried = settings(max_examples=6, deadline=None)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def batch_for(method: Estimator, seed: int, **how) -> Rollouts:
+    """A random batch; for a partition its two span sets are made disjoint."""
+    r = random_batch(seed, **how)
+    if method.name != "partition":
+        return r
+    half = r.spans["half"]
+    late = half.index == 1
+    columns = {f.name: getattr(half, f.name) for f in fields(half)}
+    pick = {k: None if v is None else v[late] for k, v in columns.items()}
+    keep = {k: None if v is None else v[~late] for k, v in columns.items()}
+    signals = {k: v for k, v in r.signals.items() if v.unit != "step"}
+    return r.replace(spans={"half": replace(half, **keep), "step": replace(half, **pick)}, signals=signals)
+
+
+def same(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def size(c: Credit, r: Rollouts) -> float:
+    """The largest part anywhere: what rounding is relative to."""
+    return max([1.0, *(float(v.values.abs().max()) for v in c.parts.values() if v.values.numel())])
+
+
+@methods
+@given(seed=SEEDS)
+@tried
+def test_zero_outside_the_mask_finite_and_adding_up(method, seed):
+    for dtype in (torch.float64, torch.float32):
+        r = batch_for(method, seed, dtype=dtype)
+        c = method(r)
+        assert c.advantages.dtype == dtype
+        assert c.advantages.shape == c.mask.shape == r.action_mask.shape
+        assert not (c.mask & ~r.action_mask).any()
+        assert (c.advantages[~c.mask] == 0).all()
+        assert c.advantages.isfinite().all()
+        assert c.returns is None or (c.returns.isfinite().all() and c.returns.dtype == dtype)
+        same(c.total(r), c.advantages, size(c, r) * (1e-12 if dtype == torch.float64 else 2e-6))
+        assert all(isinstance(v, float) for v in c.notes.values())
+        for name, part in c.parts.items():
+            r.with_signals(**{name: part})
+
+
+@methods
+@given(seed=SEEDS)
+@tried
+def test_float32_agrees_with_float64(method, seed):
+    wide = batch_for(method, seed, dtype=torch.float32)
+    c = method(wide)
+    doubled = wide._map_tensors(lambda x: x.double() if x.is_floating_point() else x)
+    same(c.advantages.double(), method(doubled).advantages, 2e-6)
+
+
+@methods
+@given(seed=SEEDS, turn=st.randoms(use_true_random=False))
+@tried
+def test_the_order_of_rows_is_irrelevant(method, seed, turn):
+    r = batch_for(method, seed)
+    order = list(range(r.batch))
+    turn.shuffle(order)
+    rows = torch.tensor(order)
+    c, turned = method(r), method(r.select(rows, covers="batch"))
+    same(turned.advantages, c.advantages[rows])
+    assert (turned.mask == c.mask[rows]).all()
+
+
+@methods
+@given(seed=SEEDS, more=st.integers(1, 5))
+@tried
+def test_padding_is_irrelevant(method, seed, more):
+    r = batch_for(method, seed)
+    c, longer = method(r), method(padded(r, more))
+    same(longer.advantages[:, : r.width], c.advantages)
+    assert not longer.mask[:, r.width :].any()
+
+
+@methods
+@given(seed=SEEDS)
+@tried
+def test_what_lies_outside_the_scope_is_irrelevant(method, seed):
+    """The credit of a group (of a trajectory, for scope "row") is the same without the rest of the batch."""
+    r = batch_for(method, seed)
+    if method.scope == "batch":
+        assert any(word in repr(method) for word in ("whiten()", "batch_std")), "why would it need the whole batch?"
+        return
+    c, ids = method(r), r.group_ids if method.scope == "group" else r.trajectory_ids
+    for one in ids.unique():
+        rows = (ids == one).nonzero()[:, 0]
+        same(method(r.select(rows, covers=method.scope)).advantages, c.advantages[rows])
+
+
+@methods
+@given(seed=SEEDS, by=st.sampled_from([-3.0, 0.3, 7.0]))
+@tried
+def test_a_shift_of_the_outcomes(method, seed, by):
+    r = batch_for(method, seed)
+    shifted = with_outcome(r, r.signals["outcome"].values + by)
+    c, moved = method(r), method(shifted)
+    if "shift" in method.laws:
+        same(moved.advantages, c.advantages, 1e-6)
+    if "additive" in method.laws:
+        difference = (moved.advantages - c.advantages)[c.mask]
+        assert not len(difference) or difference.max() - difference.min() < 1e-9
+    assert set(method.laws) <= {"shift", "additive", "equal"}
+
+
+@methods
+@given(seed=SEEDS, value=st.sampled_from([0.99, 0.1, 1 / 3, 1.0, 0.0]))
+@tried
+def test_equal_outcomes(method, seed, value):
+    """Always finite; exactly nothing where the method declares it and nothing else was measured."""
+    for dtype in (torch.float64, torch.float32):
+        r = batch_for(method, seed, unmeasured=False, dtype=dtype)
+        quiet = {k: replace(v, values=torch.zeros_like(v.values)) for k, v in r.signals.items()}
+        r = with_outcome(r, torch.full_like(r.signals["outcome"].values, value))
+        assert method(r).advantages.isfinite().all()
+        if "equal" in method.laws:
+            assert (method(with_outcome(r.replace(signals=quiet), r.signals["outcome"].values)).advantages == 0).all()
+
+
+@methods
+@given(seed=SEEDS)
+@tried
+def test_nothing_measured(method, seed):
+    r = batch_for(method, seed)
+    blank = {k: replace(v, values=torch.full_like(v.values, torch.nan)) for k, v in r.signals.items()}
+    c = method(r.replace(signals=blank))
+    assert c.advantages.isfinite().all()
+    if "signals.outcome" in method.requires:
+        assert not c.mask.any() or "unmeasured='process'" in repr(method)
+        assert (c.advantages == 0).all() or c.mask.any()
+
+
+@methods
+@given(seed=SEEDS)
+@tried
+def test_an_unmeasured_trajectory_is_as_if_it_were_not_there(method, seed):
+    r = batch_for(method, seed)
+    if "signals.outcome" not in method.requires or "unmeasured='process'" in repr(method):
+        return
+    gone = r.signals["outcome"].values.isnan()[r.trajectory_ids]
+    c = method(r)
+    assert not c.mask[gone].any()
+    rows = (~gone).nonzero()[:, 0]
+    if "horizon" in repr(method) or method.name == "process_min":
+        return  # the longest response of the group sets N
+    same(method(r.select(rows, covers="batch")).advantages, c.advantages[rows])
+
+
+@methods
+@given(seed=SEEDS)
+@tried
+def test_inputs_stay_and_the_same_input_gives_the_same_bits(method, seed):
+    r = batch_for(method, seed)
+    before = {f.name: getattr(r, f.name) for f in fields(r)} | {k: v.values for k, v in r.signals.items()}
+    tensors = {k: v for k, v in before.items() if isinstance(v, torch.Tensor)}
+    copies = {k: v.clone() for k, v in tensors.items()}
+    c, again = method(r), method(r)
+    assert torch.equal(c.advantages, again.advantages)
+    for name, copy in copies.items():
+        torch.testing.assert_close(tensors[name], copy, rtol=0, atol=0, equal_nan=True)
+
+
+@methods
+def test_the_printed_form_makes_an_equal_method(method):
+    typed = eval(repr(method), {"__builtins__": {}}, EXPORTED)
+    assert typed == method
+    assert repr(typed) == repr(method)
+    assert (typed.requires, typed.scope, typed.needs_group_of) == (method.requires, method.scope, method.needs_group_of)
+
+
+@methods
+def test_a_missing_field_is_named(method):
+    r = batch_for(method, 5)
+    for needed in method.requires:
+        kind, _, key = needed.partition(".")
+        if kind == "spans":
+            signals = {k: v for k, v in r.signals.items() if v.unit != key}
+            poorer = r.replace(spans={k: v for k, v in r.spans.items() if k != key}, signals=signals)
+        else:
+            held = getattr(r, kind)
+            poorer = r.replace(**{kind: {k: v for k, v in held.items() if k != key} if key else None})
+        with pytest.raises(ValueError, match=r"needs rollouts\.\w+.*, which this batch lacks.*\. \w+") as error:
+            method(poorer)
+        assert kind in str(error.value)
+
+
+@methods
+def test_a_narrower_slice_is_refused(method):
+    r = batch_for(method, 5)
+    covers = ("row", "group", "batch")
+    for narrower in covers[: covers.index(method.scope)]:
+        with pytest.raises(ValueError, match=f"but this slice covers only the {narrower}"):
+            method(r.replace(covers=narrower))
+
+
+@methods
+def test_empty_batches(method):
+    r = batch_for(method, 5)
+    nothing = r.select(torch.zeros(0, dtype=torch.int64), covers="batch")
+    assert method(nothing).advantages.shape[0] == 0
+    silent = r.replace(action_mask=torch.zeros_like(r.action_mask))
+    c = method(silent)
+    assert not c.mask.any()
+    assert (c.advantages == 0).all()
+
+
+@methods
+def test_the_smallest_group_that_can_speak(method):
+    """With groups of one, a method that needs two says nothing."""
+    n = 3
+    r = Rollouts.from_lists(
+        [[1, 2]] * n,
+        range(n),
+        outcome=[1.0, 0.0, 1.0],
+        steps=[[(0, 1)]] * n,
+        judge=[[[1.0]], [[0.0]], [[0.0]]],
+        process=[[0.5], [-0.5], [0.1]],
+        values=[[0.1, 0.2]] * n,
+        logprobs=[[-1.0, -1.0]] * n,
+        ref_logprobs=[[-1.0, -2.0]] * n,
+    )
+    late = replace(r.spans["step"], start=r.spans["step"].stop, stop=r.spans["step"].stop + 1)
+    spoken = bool((method(r.with_spans(half=late)).advantages != 0).any())
+    if method.name == "add":
+        assert method.needs_group_of == 2, "of its terms, grpo and capo would be silent"
+    else:
+        assert spoken == (method.needs_group_of == 1)
+
+
+def test_every_exported_method_is_held_to_the_laws():
+    names = {n for n in credit.__all__ if hasattr(EXPORTED[n], "role")}
+    held = set(METHODS) | {n.rpartition(" ")[2] for n in TRANSFORMED}
+    assert held == names
+    assert {"chain", "add", "partition"} <= {repr(e).partition("(")[0] for e in SETTINGS}
+
+
+def test_declared_laws_are_those_of_the_papers():
+    for name in ("grpo", "dr_grpo", "rloo", "capo", "tempo"):
+        assert set(METHODS[name].laws) == {"shift", "equal"}, name
+    assert METHODS["pure"].laws == ("shift",)
+    for name in ("nsr", "psr", "w_reinforce", "gae"):
+        assert METHODS[name].laws == (), name
+
+
+def test_signal_units_of_the_parts():
+    r = random_batch(3)
+    units = {n: {k: v.unit for k, v in m(r).parts.items()} for n, m in METHODS.items()}
+    assert units["capo"] == {"outcome": "trajectory", "judge": "step", "baseline": "group"}
+    assert units["pure"] == {"outcome": "trajectory", "process": "token", "baseline": "trajectory"}
+    assert units["tempo"] == {"outcome": "trajectory", "branch": "token"}
+    assert units["gae"] == {"outcome": "token", "values": "token"}
+    assert isinstance(METHODS["grpo"](r).parts["outcome"], Signal)

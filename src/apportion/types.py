@@ -277,7 +277,7 @@ class Rollouts:
     def from_lists(
         cls,
         tokens: Sequence[Sequence[int]],
-        groups: Sequence[int],
+        groups: Sequence[Any],
         *,
         outcome: Sequence[float] | None = None,
         steps: Sequence[Sequence[tuple[int, int]]] | None = None,
@@ -290,7 +290,7 @@ class Rollouts:
         values: Sequence[Sequence[float]] | None = None,
         bootstrap: Sequence[float] | None = None,
         truncated: Sequence[bool] | None = None,
-        trajectories: Sequence[int] | None = None,
+        trajectories: Sequence[Any] | None = None,
         row_index: Sequence[int] | None = None,
         spans: Mapping[str, Spans] | None = None,
         signals: Mapping[str, Signal] | None = None,

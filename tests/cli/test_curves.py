@@ -53,10 +53,12 @@ def test_before_and_after_on_equal_tokens(tmp_path):
     """The second run was evaluated up to 250 tokens only, so the first is read at 200, not at 300."""
     long = make(tmp_path / "a", evals=[(0, [0, 0, 0, 1]), (200, [1, 0, 0, 1]), (300, [1, 1, 1, 1])])
     short = make(tmp_path / "b", credit="capo()", evals=[(0, [0, 0, 0, 1]), (250, [1, 1, 0, 1])])
-    groups = group_runs([long, short])
+    begun = make(tmp_path / "c", credit="gae()", evals=[(0, [0, 0, 0, 1])])
+    groups = group_runs([long, short, begun])
     tokens = budget(groups)
     assert tokens == 250
-    first, second = (before_after(g, tokens) for g in groups)
+    first, second, third = (before_after(g, tokens) for g in groups)
+    assert third["before"] is None
     assert (first["before"], first["after"], first["difference"], first["tokens"]) == (0.25, 0.5, 0.25, 200)
     assert (second["before"], second["after"], second["problems"]) == (0.25, 0.75, 4)
     assert first["interval"][0] <= 0.25 <= first["interval"][1]

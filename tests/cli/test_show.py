@@ -121,7 +121,8 @@ def test_a_run_without_any_credit_shows_its_last_step(apportion, tmp_path):
     for step in (0, 1):
         batch = Rollouts.from_lists([[1], [2]], [0, 0], outcome=[1.0, 1.0])
         writer.append(step, batch, grpo()(batch))
-    assert apportion("show", tmp_path / "r").out.startswith("grpo, step 1, row 0, outcome 1")
+    told = apportion("show", tmp_path / "r")
+    assert told.out.startswith("grpo, step 1, row 0, outcome 1\nno credit: every advantage is 0\n")
 
 
 # ---- hostile text ---------------------------------------------------------------------------------------------------

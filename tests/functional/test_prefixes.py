@@ -10,7 +10,9 @@ def call(rows, groups, rewards):
     width = max(map(len, rows), default=0)
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64)
     tokens = tokens.reshape(len(rows), width)
-    return prefix_values(tokens, lengths, torch.tensor(groups), torch.tensor(rewards, dtype=torch.float64)), lengths
+    return prefix_values(
+        tokens, lengths, torch.tensor(groups, dtype=torch.int64), torch.tensor(rewards, dtype=torch.float64)
+    ), lengths
 
 
 def test_worked_tree():

@@ -100,7 +100,7 @@ def test_what_is_written_is_read_again(tmp_path):
         outcome=[0.1, NAN],
         trajectories=[0, 0, 1],
         steps=[[(0, 2)], [], [(0, 1)]],
-        judge=[[[1, NAN]], [], [[0, 0]]],
+        judge=[[[1.0, NAN]], [], [[0.0, 0.0]]],
         process=[[0.1], [], [1 / 3]],
         action_mask=[[False, True, True], [True, True], [True]],
         logprobs=[[-0.1, -0.2, -0.3], [-0.4, -0.5], [-1 / 3]],
@@ -175,6 +175,11 @@ GOOD = {"tokens": [1, 2, 3], "group": 0, "steps": [[0, 1], [1, 3]]}
         ({**GOOD, "spans": {"turn": [[2, 1]]}}, r"line 2: spans.turn has \[2, 1\]"),
         ({**GOOD, "outcome": "yes"}, r"line 2: outcome holds 'yes'. Give numbers, or null"),
         ({**GOOD, "truncated": "no"}, r"line 2: truncated is 'no'. Give one number"),
+        ({**GOOD, "pieces": 3}, r"line 2: pieces has 3 but the row has 3 tokens. Give one text per token"),
+        (
+            {**GOOD, "signals": {"x": {"unit": "token", "axes": 3, "values": []}}},
+            r"line 2: signals.x.axes must be a list",
+        ),
         ({**GOOD, "signals": {"x": 3}}, r'line 2: signals.x needs "unit" and "values"; got 3'),
         (
             {**GOOD, "signals": {"x": {"unit": "token", "values": [1]}}},
@@ -200,9 +205,22 @@ def test_lines_that_do_not_fit_together(tmp_path):
         read_jsonl(log(tmp_path, {**GOOD, "judge": [[0, 0], [0, 0]]}, {**GOOD, "judge": [0, 0]}))
     with pytest.raises(ValueError, match=r"line 2: outcome differs from another line of the same trajectory"):
         read_jsonl(log(tmp_path, *({**GOOD, "trajectory": 1, "outcome": x} for x in (0, 1))))
+    with pytest.raises(ValueError, match=r"log.jsonl: a trajectory lies in two groups"):
+        read_jsonl(log(tmp_path, *({**GOOD, "trajectory": 1, "group": x} for x in (0, 1))))
     units = ({"unit": "token", "values": [1, 2, 3]}, {"unit": "step", "values": [1, 2]})
     with pytest.raises(ValueError, match=r"line 2: signals.x has another unit or other axes than on line 1"):
         read_jsonl(log(tmp_path, *({**GOOD, "signals": {"x": x}} for x in units)))
+
+
+def test_a_step_without_any_critique_is_not_judged(tmp_path):
+    lines = ({**GOOD, "judge": [[0, 1], [0, 0]]}, {**GOOD, "judge": [[], []]}, {**GOOD, "steps": [], "judge": []})
+    r = read_jsonl(log(tmp_path, *lines))
+    same(r.signals["judge"], Signal(torch.tensor([[0, 1], [0, 0], [NAN, NAN], [NAN, NAN]]), "step", ("critiques",)))
+
+
+def test_an_empty_answer_is_legal(tmp_path):
+    r = read_jsonl(log(tmp_path, {"tokens": [], "group": 0, "outcome": 0}, {"tokens": [1], "group": 0, "outcome": 1}))
+    assert r.lengths.tolist() == [0, 1]
 
 
 def test_files_without_rollouts(tmp_path):

@@ -140,7 +140,7 @@ def dense(ids):
     return torch.unique(ids, return_inverse=True)[1]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batches(), st.integers(0, 10**7))
 def test_every_bit_comes_back(tmp_path_factory, batch, step):
     rollouts, credit = batch
@@ -311,7 +311,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_killed_while_writing_the_folder_still_reads(tmp_path):
     """kill -9 at five moments: every file that exists is whole, and resuming clears what was half done."""
     code = (
-        "import sys, itertools; sys.path.insert(0, sys.argv[2]); from apportion.record import RunWriter\n"
+        "import sys, itertools; from apportion.record import RunWriter\n"
         "import torch; from apportion import Rollouts, Credit\n"
         "r = Rollouts.from_lists([[1] * 500] * 64, [0] * 64, outcome=[1.0] * 64)\n"
         "c = Credit(torch.rand(64, 500), r.action_mask)\n"
@@ -320,7 +320,7 @@ def test_killed_while_writing_the_folder_still_reads(tmp_path):
     )
     for attempt in range(5):
         folder = tmp_path / str(attempt)
-        child = subprocess.Popen([sys.executable, "-c", code, str(folder), "src"], stdout=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"go\n"
         with pytest.raises(subprocess.TimeoutExpired):
             child.wait(0.05 + 0.013 * attempt)

@@ -12,7 +12,7 @@ from apportion.record import Run
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _RESAMPLES = 10_000
 _GRID = 200
-_NOT_THE_METHOD = ("seed", "out", "progress", "track", "save_every")
+_NOT_THE_METHOD = ("seed", "out", "progress", "track", "save_every", "threads")
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def curve(runs: list[Run], kind: str, name: str) -> Curve | None:
 
 
 def budget(groups: list[Group]) -> float | None:
-    """The most sampled tokens at which every run that was evaluated has an evaluation behind it."""
-    last = [tokens[-1] for g in groups for run in g.runs if len(tokens := points(run, "eval", "accuracy")[0])]
-    return min(last) if last else None
+    """The sampled tokens that every run has reached; runs evaluated less than twice have no after and do not count."""
+    evaluated = [points(run, "eval", "accuracy")[0] for group in groups for run in group.runs]
+    return min((float(tokens[-1]) for tokens in evaluated if len(tokens) > 1), default=None)
 
 
 def before_after(group: Group, tokens: float) -> dict[str, Any]:

@@ -233,6 +233,8 @@ def _shown(piece: str, line_break: str) -> str:
 def legend(view: View) -> Text:
     """The colour scale with its ends."""
     scale = scale_of(view)
+    if scale == 0:
+        return Text("no credit: every advantage is 0")
     text = Text(f"credit {-scale:+.{_DIGITS}f} ")
     for i in range(-6, 7):
         text.append("  " if i else " 0 ", colour(i / 6, 1.0))

@@ -97,9 +97,11 @@ def _print_table(rows: list[dict[str, Any]], tokens: float | None) -> None:
     out = console()
     out.print(table)
     if tokens is None:
-        out.print("No run has an evaluation yet: there is no before and after.")
+        out.print("No run has been evaluated twice yet: there is no before and after.")
     else:
-        out.print(f"after = the last evaluation within {tokens:,.0f} sampled tokens, which every run has reached")
+        out.print(
+            f"after = the last evaluation within {tokens:,.0f} sampled tokens, which every run evaluated twice has reached"
+        )
 
 
 def _number(x: Any, form: str) -> str:

@@ -13,7 +13,6 @@ from typing import (
     Literal,
     ParamSpec,
     Protocol,
-    TypeVar,
     Union,
     cast,
     get_args,
@@ -28,7 +27,6 @@ from torch import Tensor
 from apportion.types import Cover, Credit, Rollouts, Signal
 
 P = ParamSpec("P")
-T = TypeVar("T")
 Settings = Mapping[str, Any]
 Requires = tuple[str, ...] | Callable[[Settings], tuple[str, ...]]
 Scope = Cover | Callable[[Settings], Cover]

@@ -55,7 +55,7 @@ def group_relative(
 
     `A_u = (x_u - baseline) / (scale + eps)` over the measured members u of a group.
 
-    Source: GRPO, arXiv 2402.03300, section 4.1.2; without the deviation, Dr. GRPO, 2503.20783; leave-one-out, 2402.14740.
+    Source: GRPO, arXiv 2402.03300; without the deviation, Dr. GRPO, 2503.20783; leave-one-out, 2402.14740.
         Departs: equal rewards give exactly 0 also when they are not representable in binary.
     Reads: signals[reward], spans[unit]. Scope: group, or batch for `scale="batch_std"`. Unit: `unit`.
     Laws: adding a constant to the rewards of a group changes nothing (not for `baseline="none"` or `scale="mean"`);
@@ -203,7 +203,7 @@ def _notes(stats: GroupStatistics) -> dict[str, float]:
 def grpo(*, reward: str = "outcome", eps: float = 1e-6, ddof: int = 1) -> Estimator:
     """Group relative policy optimisation: above the group's mean, in units of its sample deviation.
 
-    Source: arXiv 2402.03300, section 4.1.2, with the sample deviation and `eps` outside, as in verl and SkyRL.
+    Source: arXiv 2402.03300, with the sample deviation and `eps` outside, as in verl and SkyRL.
 
     Example:
         >>> grpo()
@@ -229,7 +229,7 @@ def dr_grpo(*, reward: str = "outcome") -> Estimator:
 def rloo(*, reward: str = "outcome") -> Estimator:
     """REINFORCE with the mean of the other members as the baseline.
 
-    Source: arXiv 2402.14740, equation 3.
+    Source: arXiv 2402.14740.
 
     Example:
         >>> rloo()

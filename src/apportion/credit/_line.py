@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from apportion.functional import segment_max
@@ -35,7 +35,7 @@ class Line:
         """The values at the action positions, in float64."""
         return values.reshape(-1)[self.positions].double()
 
-    def put(self, values: Float[Tensor, " M"]) -> Float[Tensor, "B T"]:
+    def put(self, values: Shaped[Tensor, " M"]) -> Shaped[Tensor, "B T"]:
         """The values back at their positions; 0 elsewhere."""
         out = torch.zeros(self.shape[0] * self.shape[1], dtype=values.dtype, device=values.device)
         out[self.positions] = values

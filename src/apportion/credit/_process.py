@@ -162,7 +162,7 @@ def process_min(
     with `temperature=None` instead `G_t = min of p_j over the steps not finished before t`.
     `A_t = coef (v - mean of the others' v) + G_t - b`.
 
-    Source: PURE, arXiv 2504.15275, section 4, and its code (branches main and verl). Departs: `horizon=None` takes the
+    Source: PURE, arXiv 2504.15275, and its code (branches main and verl). Departs: `horizon=None` takes the
         longest response of the group for N, where the code takes the generation limit of the run.
     Reads: signals[process], signals[outcome] unless `coef=0.0`, spans[spans]. Scope: group. Unit: token.
     Laws: adding a constant to all outcomes changes nothing.

@@ -32,7 +32,7 @@ def gae(
     `delta_t = r_t + gamma V_(t+1) - V_t`, `A_t = delta_t + gamma lam A_(t+1)`, `returns_t = A_t + V_t`, where t + 1 is the
     next action of the trajectory: prompts, tool output and padding in between are skipped.
 
-    Source: arXiv 1506.02438, equation 16; token rewards as in ReFT, 2401.08967, and 2406.09279: the outcome on the last
+    Source: arXiv 1506.02438; token rewards as in ReFT, 2401.08967, and 2406.09279: the outcome on the last
         action, `-kl_coef (ln pi_old - ln pi_ref)` on every one. Whitening is `whiten`, never done here.
     Reads: values, signals[reward], bootstrap and truncated, spans[over], logprobs (old_logprobs first) and ref_logprobs
         for `kl_coef`. Scope: row. Unit: token, or `over`.

@@ -16,7 +16,7 @@ def signed_outcome(
 
     `A = high where outcome >= threshold, else low`.
 
-    Source: arXiv 2506.01347, section 2 (rewards +1 and -1, no baseline). The paper's outcomes are binary; the threshold
+    Source: arXiv 2506.01347 (rewards +1 and -1, no baseline). The paper's outcomes are binary; the threshold
         for others is ours.
     Reads: signals[outcome]. Scope: row. Unit: trajectory.
     Laws: other trajectories never matter. It speaks on groups of one and on groups of equal rewards.
@@ -50,7 +50,7 @@ def signed_outcome(
 def nsr(*, threshold: float = 0.5, outcome: str = "outcome") -> Estimator:
     """Negative sample reinforcement: push wrong responses down, leave right ones out of the batch.
 
-    Source: arXiv 2506.01347, section 2.
+    Source: arXiv 2506.01347.
 
     Example:
         >>> nsr()
@@ -63,7 +63,7 @@ def nsr(*, threshold: float = 0.5, outcome: str = "outcome") -> Estimator:
 def psr(*, threshold: float = 0.5, outcome: str = "outcome") -> Estimator:
     """Positive sample reinforcement: push right responses up, leave wrong ones out of the batch.
 
-    Source: arXiv 2506.01347, section 2.
+    Source: arXiv 2506.01347.
 
     Example:
         >>> psr()
@@ -76,7 +76,7 @@ def psr(*, threshold: float = 0.5, outcome: str = "outcome") -> Estimator:
 def w_reinforce(*, positive: float = 0.1, threshold: float = 0.5, outcome: str = "outcome") -> Estimator:
     """Weighted REINFORCE: wrong responses at full weight, right ones at a small one, all kept in the batch.
 
-    Source: arXiv 2506.01347, section 5; its lambda is `positive`.
+    Source: arXiv 2506.01347; its lambda is `positive`.
 
     Example:
         >>> w_reinforce()

@@ -19,7 +19,7 @@ def scale_by_sign(
 
     `A' = positive * A where A > 0, negative * A where A < 0`.
 
-    Source: NSR and W-REINFORCE, arXiv 2506.01347, section 2; `drop_zero` as its released runs, which leave the other
+    Source: NSR and W-REINFORCE, arXiv 2506.01347; `drop_zero` as its released runs, which leave the other
         class out of the batch.
     Reads: nothing more. Scope: row. Unit: token.
     Laws: the sign of every advantage is kept, for weights above 0.

@@ -1,7 +1,7 @@
 """Sums over segments: members named by an id, never by differences of a running sum."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -46,7 +46,7 @@ def segment_any(flags: Bool[Tensor, " M"], ids: Int[Tensor, " M"], segments: int
     return segment_sum(flags.double(), ids, segments) > 0
 
 
-def at_members(values: Float[Tensor, " K"], ids: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+def at_members(values: Shaped[Tensor, " K"], ids: Int[Tensor, " M"]) -> Shaped[Tensor, " M"]:
     """The segment's value at each of its members; 0 at members of no segment."""
     if not values.shape[0]:
         return torch.zeros(ids.shape, dtype=values.dtype, device=values.device)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -95,20 +96,28 @@ def read_jsonl(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Rollo
     rows: dict[str, Any] = {
         name: [make(line.scalar(name, 0.0)) for line in lines] for name, make in _ROWS.items() if _any(entries, name)
     }
+    lists: dict[str, Any] = {
+        "tokens": _tokens(lines),
+        "groups": _dense(line.label("group") for line in lines),
+        "trajectories": _dense(line.label("trajectory", f"line {line.number}") for line in lines),
+        "action_mask": [[bool(x) for x in _mask(line)] for line in lines],
+        "meta": _meta(entries),
+    }
     off_policy = rows.pop("off_policy", None)
-    bare = Rollouts.from_lists(
-        _tokens(lines),
-        _dense(line.label("group") for line in lines),
-        trajectories=_dense(line.label("trajectory", f"line {line.number}") for line in lines),
-        action_mask=[[bool(x) for x in _mask(line)] for line in lines],
-        meta=_meta(entries),
-        dtype=dtype,
-        **rows,
-        **positions,
-    )
+    with _naming(path):
+        bare = Rollouts.from_lists(**lists, **rows, **positions, dtype=dtype)
     if off_policy is not None:
         bare = bare.replace(off_policy=torch.tensor(off_policy))
     return _with_measured(bare, lines, dtype)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Rows that are fine each, but not together, are an error of the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_jsonl(path: str | Path, rollouts: Rollouts, credit: Credit | None = None) -> None:
@@ -158,8 +167,9 @@ def _checked(line: _Line) -> _Line:
     """The line with its short forms (steps, outcome, judge, process) spelt out as spans and signals."""
     entry, size = dict(line.entry), len(line)
     pieces = entry.get("pieces")
-    if pieces is not None and len(pieces) != size:
-        line.fail(f"pieces has {len(pieces)} entries but the row has {size} tokens. Give one text per token.")
+    if pieces is not None and (not isinstance(pieces, list) or len(pieces) != size):
+        got = f"{len(pieces)} entries" if isinstance(pieces, list) else repr(pieces)[:80]
+        line.fail(f"pieces has {got} but the row has {size} tokens. Give one text per token.")
     spans = dict(_mapping(line, "spans"))
     signals = dict(_mapping(line, "signals"))
     if entry.get("steps") is not None:
@@ -247,10 +257,8 @@ def _with_measured(bare: Rollouts, lines: list[_Line], dtype: torch.dtype) -> Ro
         if (unit := _unit(first, name)[0]) not in (known := (*_WHOLE, "token", *spans)):
             first.fail(f"signals.{name} has unit {unit!r}, which is not known here. Give one of: {', '.join(known)}.")
         signals[name] = _signal(bare, lines, name, dtype)
-    try:
+    with _naming(lines[0].path):
         return bare.replace(spans=spans, signals=signals)
-    except ValueError as error:
-        raise ValueError(f"{lines[0].path}: {error}") from None
 
 
 def _names(mappings: Iterable[dict[str, Any]]) -> list[str]:
@@ -278,11 +286,11 @@ def _signal(rollouts: Rollouts, lines: list[_Line], name: str, dtype: torch.dtyp
             if _unit(line, name) != (unit, axes):
                 line.fail(f"signals.{name} has another unit or other axes than on line {first.number}.")
             cells[b] = _measured(line, name, unit, len(axes))
-    shapes = [(c.shape if unit in _WHOLE else c.shape[1:]) for c in cells if c is not None and c.size]
-    inner = shapes[0] if shapes else (0,) * len(axes)
-    for line, cell in zip(lines, cells, strict=True):
-        if cell is not None and cell.size and (cell.shape if unit in _WHOLE else cell.shape[1:]) != inner:
-            line.fail(f"{_called(name)} has entries of shape {list(cell.shape[1:])}; other lines have {list(inner)}.")
+    shapes = [None if c is None else c.shape if unit in _WHOLE else c.shape[1:] for c in cells]
+    inner = next((shape for shape in shapes if shape is not None), (0,) * len(axes))
+    for line, shape in zip(lines, shapes, strict=True):
+        if shape not in (None, inner):
+            line.fail(f"{_called(name)} has entries of shape {list(shape or ())}; other lines have {list(inner)}.")
     values = _whole(rollouts, lines, cells, name, unit, inner) if unit in _WHOLE else _spread(lines, cells, unit, inner)
     if unit == "token":
         values = _pad(values, rollouts, inner)
@@ -297,11 +305,14 @@ def _unit(line: _Line, name: str) -> tuple[str, tuple[str, ...]]:
     given = line.entry["signals"][name]
     if not isinstance(given, dict) or not isinstance(given.get("unit"), str) or "values" not in given:
         line.fail(f'signals.{name} needs "unit" and "values"; got {given!r:.80}.')
-    return given["unit"], tuple(given.get("axes") or ())
+    axes = given.get("axes") or []
+    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
+        line.fail(f"signals.{name}.axes must be a list of names; got {axes!r:.80}.")
+    return given["unit"], tuple(axes)
 
 
 def _measured(line: _Line, name: str, unit: str, axes: int) -> Any:
-    """This line's values: one cell, or one per token or span, as an array; a lone null is nothing."""
+    """This line's values: one cell, or one per token or span, as an array; None if it says nothing."""
     values = line.entry["signals"][name]["values"]
     if values is None:
         return None
@@ -318,7 +329,7 @@ def _measured(line: _Line, name: str, unit: str, axes: int) -> Any:
         line.fail(
             f"{_called(name)} has {array.ndim} levels of lists; its unit and axes ask for {axes + (unit not in _WHOLE)}."
         )
-    return array
+    return array if array.size else None
 
 
 def _whole(rollouts: Rollouts, lines: list[_Line], cells: list[Any], name: str, unit: str, inner: Any) -> Any:

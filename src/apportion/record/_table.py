@@ -119,7 +119,7 @@ def _per_position(x: Tensor, lengths: Tensor) -> tuple[pa.Array, dict[str, Any]]
     return _lists(sizes, _cells(cells)), {**_fact(x, tuple(inner)), "fill": fill}
 
 
-def _padded(column: pa.Array, fact: dict[str, Any], lengths: np.ndarray[Any, Any], width: int) -> Any:
+def _padded(column: pa.Array, fact: dict[str, Any], lengths: Any, width: int) -> Any:
     cells = _values(column.flatten(), fact)
     shape = (len(lengths), width, *fact["inner"])
     if fact["fill"] is None:

@@ -323,4 +323,6 @@ def _with_lora(model: Any, rank: int, alpha: int) -> Any:
     settings = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():  # peft 0.21 reads an attribute that transformers 5.23 has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, settings)

@@ -1,0 +1,101 @@
+"""The main job in miniature: a real language model learns multi-step arithmetic, with two kinds of credit side by side.
+
+    python recipes/demo.py                                           # one seed, a few minutes
+    python recipes/demo.py --seeds 0 1 2 --page docs/results/demo.md # three seeds, with a page
+
+SmolLM2-135M-Instruct first learns from worked solutions to write one equation a line. From there it is trained twice on
+the same prompts: with plain GRPO, which spreads the outcome over all tokens, and with CAPO, whose judge here is a tool
+that recomputes every equation and takes credit from the wrong steps. Interrupted, it goes on where it was.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from demo_page import write_page
+
+from apportion.record import Run
+
+MODEL, TASK, METHODS = "smollm2-135m-instruct", "arithmetic", ("grpo", "capo")
+WARMUP, STEPS = 30, 24
+SETTINGS = ["--task", TASK, "--max-new-tokens", "32", "--lr", "1e-5"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each method per seed")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs")
+    parser.add_argument("--page", type=Path, help="write the results as a Markdown page")
+    options = parser.parse_args()
+    command = " ".join(["python", *sys.argv])
+
+    say(f"1/3 warm-up: {WARMUP} supervised steps on worked solutions")
+    warm = options.out / "warmup"
+    train(warm, "--model", MODEL, "--warmup", str(WARMUP), "--steps", "0", "--eval-every", "0", *SETTINGS)
+
+    jobs = [(method, seed) for seed in options.seeds for method in METHODS]
+    say(f"2/3 reinforcement learning: {STEPS} steps of 8 x 8 responses, {' and '.join(METHODS)} side by side")
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 2)) as pool:
+        runs = list(pool.map(lambda job: reinforce(options.out, warm, *job), jobs))
+
+    say("3/3 what came out")
+    apportion("compare", *map(str, runs), "--out", str(options.out / "curves.png"))
+    for run in runs[: len(METHODS)]:
+        say(f"the credit of one response in {run}")
+        apportion("show", str(run))
+    if options.page:
+        write_page(options.page, runs, options.out / "curves.png", command)
+    say(f"The runs are in {options.out}. Next: apportion show {runs[-1]} --step 1, or apportion train --help")
+
+
+def reinforce(out: Path, warm: Path, method: str, seed: int) -> Path:
+    run = out / f"{method}-{seed}"
+    options = ["--model", str(warm / "model"), "--credit", method, "--steps", str(STEPS), "--seed", str(seed)]
+    train(run, *options, "--eval-every", str(STEPS // 2), "--no-save-model", *SETTINGS, prefix=run.name)
+    return run
+
+
+def train(out: Path, *options: str, prefix: str = "") -> None:
+    """Start a run, go on with an interrupted one, or leave a finished one alone."""
+    steps = int(options[options.index("--steps") + 1])
+    finished = (out / "model").is_dir() or (out / "rollouts" / f"step-{steps:06d}.parquet").is_file()
+    if (out / "run.json").is_file():
+        if finished and ended(out, steps):
+            return
+        apportion("train", "--resume", str(out), prefix=prefix)
+    else:
+        apportion("train", "--out", str(out), *options, prefix=prefix)
+
+
+def ended(out: Path, steps: int) -> bool:
+    return steps == 0 or any(m["step"] == steps for m in Run(out).metrics("eval"))
+
+
+def apportion(*arguments: str, prefix: str = "") -> None:
+    """Run the command line of the library; lines of runs that share the terminal begin with the run's name."""
+    command = [sys.executable, "-m", "apportion.cli.main", *arguments]
+    if not prefix:
+        subprocess.run(command, check=True)
+        return
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            with PRINTING:
+                print(f"{prefix:8} {line}", end="", file=sys.stderr, flush=True)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}.")
+
+
+PRINTING = threading.Lock()
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,8 +21,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # No torch here: on Linux a process starts with the peak memory of the one that started it.
 
@@ -118,9 +120,8 @@ def measure(options: argparse.Namespace, base: dict[str, Any], folder: Path, con
         for name in names if number % 2 else reversed(names):
             run = _run(name, number, base, folder, options.limit)
             took = f"{run['seconds']:.2f} s a step, {run['memory']:.2f} GiB" if run["steps"] else "nothing measured"
-            console.print(
-                f"round {number}  {name:24s} {took}" + (f"  ({run['status']})" if run["status"] != "ok" else "")
-            )
+            trouble = f"  ({run['status']})" if run["status"] != "ok" else ""
+            console.print(f"round {number}  {name:24s} {took}{trouble}", markup=False, soft_wrap=True)
             runs.append(run)
     return runs
 
@@ -153,7 +154,7 @@ def _process(what: str, work: dict[str, Any], folder: Path, *, limit: float | No
         environment["HF_HUB_OFFLINE"] = "1"
     command = [sys.executable, str(HERE / "_one_process.py"), what, str(file)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, cwd=folder)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return f"stopped after {limit:g} s"
     if done.returncode < 0:
@@ -232,10 +233,10 @@ def rows(numbers: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def _cell(key: str, spread: dict[str, float] | None) -> str:
     if spread is None:
-        return "not measured"
+        return "-"
     low, mid, high = (f"{spread[k]:#.3g}".removesuffix(".") for k in ("min", "median", "max"))
     middle = mid + "x" * key.startswith("ratio_")
-    return middle if low == high or key in PARTS else f"{middle} ({low} to {high})"
+    return middle if low == high or key in PARTS else f"{middle} ({low}-{high})"
 
 
 def problems(numbers: dict[str, dict[str, Any]]) -> list[str]:
@@ -243,11 +244,15 @@ def problems(numbers: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def table(numbers: dict[str, dict[str, Any]]) -> Table:
-    out = Table(caption="\n".join(problems(numbers)) or None)
+    out = Table(
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        caption=Text("\n".join(problems(numbers))) if problems(numbers) else None,
+    )
     for i, head in enumerate(HEAD):
-        out.add_column(head, justify="right" if i else "left", no_wrap=not i)
+        out.add_column(head, justify="right" if i else "left", overflow="fold", min_width=0 if i else 13)
     for row in rows(numbers):
-        out.add_row(*row)
+        out.add_row(*(cell.replace(" (", "\n").rstrip(")") for cell in row))
     return out
 
 
@@ -275,7 +280,7 @@ def page(report: dict[str, Any]) -> str:
         "|---" + "|---:" * (len(HEAD) - 1) + "|",
         *("| " + " | ".join(row) + " |" for row in rows(report["summary"])),
         "",
-        "Medians over the rounds (of a round: the mean of its counted steps), in brackets the smallest and the largest. `TRL / this` above 1: TRL takes more.",
+        "Medians over the rounds (of a round: the mean of its counted steps), in brackets the smallest and the largest; - = not measured. `TRL / this` above 1: TRL takes more.",
         "sample = generating; measure = rewards, credit and, in this trainer, writing the record; update = the rest of the step.",
         "",
     ]

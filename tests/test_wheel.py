@@ -60,4 +60,6 @@ def test_a_wheel_trains_and_shows_credit(installed, tmp_path):
     # A random model writes no equation: the outcome is 0, and the judge takes off 1 for the step that does nothing.
     shown = called([*command, "show", "run"], tmp_path, installed)
     assert "-1.000 = +0.000 outcome -1.000 judge" in shown
-    assert "2 steps recomputed: every bit is as recorded" in called([*command, "credit", "run", "--check"], tmp_path, installed)
+    assert "2 steps recomputed: every bit is as recorded" in called(
+        [*command, "credit", "run", "--check"], tmp_path, installed
+    )

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from apportion.losses import Outputs
 from apportion.signals import pieces_of
@@ -19,6 +20,8 @@ from apportion.train.packing import pack
 from apportion.train.sampler import Sampled, sample
 from apportion.types import Rollouts
 
+LOGIT_CHUNK = 256
+"""Positions whose logits exist at one time: 50 MB of float32 at a vocabulary of 49,152."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -227,21 +230,19 @@ class CausalPolicy:
             body, head = _body_and_head(model)
             hidden = body(input_ids=packed.tokens, attention_mask=mask, position_ids=packed.positions, use_cache=False)
             states = hidden.last_hidden_state.flatten(0, 1)[packed.home[row, position - 1]]
-            logits = head(states).float() / temperature
-        normaliser = logits.logsumexp(1)
-        logprobs = logits.gather(1, rollouts.tokens[row, position][:, None])[:, 0] - normaliser
+            logprobs, entropies = _scores(
+                head, states, rollouts.tokens[row, position], temperature, "entropies" in needs
+            )
 
         def spread(values: Tensor) -> Tensor:
             return torch.zeros(where.shape, device=where.device).index_put((row, position), values)
 
-        entropies = values = None
-        if "entropies" in needs:
-            entropies = spread(normaliser - (torch.softmax(logits, 1) * logits).sum(1))
+        values = None
         if "values" in needs:
             if self.value_head is None:
                 raise ValueError("values need a critic, which this policy lacks. Train with critic=True.")
             values = spread(self.value_head(states.float())[:, 0])
-        return Outputs(spread(logprobs), values, entropies)
+        return Outputs(spread(logprobs), values, None if entropies is None else spread(entropies))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -257,6 +258,29 @@ class CausalPolicy:
                 yield self.model
         else:
             yield self._reference
+
+
+def _scores(
+    head: Any, states: Tensor, ids: Tensor, temperature: float, entropies: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each id (and the entropy) from the states before it, without ever holding all logits.
+
+    A chunk's logits are thrown away and computed again for the gradient.
+    """
+
+    def score(part: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+        logits = head(part).float() / temperature
+        normaliser = logits.logsumexp(1)
+        logprobs = logits.gather(1, chosen[:, None])[:, 0] - normaliser
+        return (logprobs, normaliser - (torch.softmax(logits, 1) * logits).sum(1)) if entropies else (logprobs,)
+
+    chunks = zip(states.split(LOGIT_CHUNK), ids.split(LOGIT_CHUNK), strict=True)
+    if torch.is_grad_enabled():
+        scored = [checkpoint(score, part, chosen, use_reentrant=False) for part, chosen in chunks]
+    else:
+        scored = [score(part, chosen) for part, chosen in chunks]
+    columns = [torch.cat(column) for column in zip(*scored, strict=True)]
+    return columns[0], columns[1] if entropies else None
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], names: Sequence[str], max_new_tokens: int, context: int) -> None:

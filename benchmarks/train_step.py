@@ -244,15 +244,12 @@ def problems(numbers: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def table(numbers: dict[str, dict[str, Any]]) -> Table:
-    out = Table(
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-        caption=Text("\n".join(problems(numbers))) if problems(numbers) else None,
-    )
-    for i, head in enumerate(HEAD):
-        out.add_column(head, justify="right" if i else "left", overflow="fold", min_width=0 if i else 13)
-    for row in rows(numbers):
-        out.add_row(*(cell.replace(" (", "\n").rstrip(")") for cell in row))
+    """For the terminal, which is narrow: a column per variant, ranges on a second line."""
+    out = Table("", box=SIMPLE, caption=Text("\n".join(problems(numbers))) if problems(numbers) else None)
+    for name in numbers:
+        out.add_column(name, justify="right")
+    for head, *cells in list(zip(HEAD, *rows(numbers), strict=True))[1:]:
+        out.add_row(head, *(cell.replace(" (", "\n(") for cell in cells))
     return out
 
 

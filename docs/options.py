@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -13,7 +14,7 @@ def rows(path: str, name: str) -> list[str]:
     """One line of the table per field: its flag, its default, the text under it."""
     tree = ast.parse((ROOT / path).read_text())
     body = next(x.body for x in tree.body if isinstance(x, ast.ClassDef) and x.name == name)
-    fields = [(x, y) for x, y in zip(body, body[1:], strict=False) if isinstance(x, ast.AnnAssign)]
+    fields = [(x, y) for x, y in pairwise(body) if isinstance(x, ast.AnnAssign)]
     return [f"| `{flag(x)}` | {default(x)} | {ast.literal_eval(y.value)} |" for x, y in fields]
 
 

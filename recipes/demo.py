@@ -16,9 +16,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from demo_page import write_page
-
 from apportion.record import Run
+from demo_page import write_page
 
 MODEL, TASK, METHODS = "smollm2-135m-instruct", "arithmetic", ("grpo", "capo")
 WARMUP, STEPS = 30, 24
@@ -32,6 +31,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write the results as a Markdown page")
     options = parser.parse_args()
     command = " ".join(["python", *sys.argv])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     say(f"1/3 warm-up: {WARMUP} supervised steps on worked solutions")
     warm = options.out / "warmup"
@@ -48,7 +48,7 @@ def main() -> None:
         say(f"the credit of one response in {run}")
         apportion("show", str(run))
     if options.page:
-        write_page(options.page, runs, options.out / "curves.png", command)
+        write_page(options.page, runs, options.out / "curves.png", command, about())
     say(f"The runs are in {options.out}. Next: apportion show {runs[-1]} --step 1, or apportion train --help")
 
 
@@ -62,17 +62,17 @@ def reinforce(out: Path, warm: Path, method: str, seed: int) -> Path:
 def train(out: Path, *options: str, prefix: str = "") -> None:
     """Start a run, go on with an interrupted one, or leave a finished one alone."""
     steps = int(options[options.index("--steps") + 1])
-    finished = (out / "model").is_dir() or (out / "rollouts" / f"step-{steps:06d}.parquet").is_file()
-    if (out / "run.json").is_file():
-        if finished and ended(out, steps):
-            return
-        apportion("train", "--resume", str(out), prefix=prefix)
-    else:
+    if not (out / "run.json").is_file():
         apportion("train", "--out", str(out), *options, prefix=prefix)
+    elif not finished(out, steps):
+        apportion("train", "--resume", str(out), prefix=prefix)
 
 
-def ended(out: Path, steps: int) -> bool:
-    return steps == 0 or any(m["step"] == steps for m in Run(out).metrics("eval"))
+def finished(out: Path, steps: int) -> bool:
+    """The warm-up ends with its model, a run with its last evaluation."""
+    if not steps:
+        return (out / "model" / "tokenizer.json").is_file()
+    return any(m["step"] == steps for m in Run(out).metrics("eval"))
 
 
 def apportion(*arguments: str, prefix: str = "") -> None:
@@ -88,6 +88,14 @@ def apportion(*arguments: str, prefix: str = "") -> None:
                 print(f"{prefix:8} {line}", end="", file=sys.stderr, flush=True)
     if process.returncode:
         sys.exit(f"{' '.join(command)} ended with exit code {process.returncode}.")
+
+
+def about() -> str:
+    return (
+        f"{MODEL} on the task `{TASK}` (four one-digit numbers, three equations): {WARMUP} supervised steps on 16 worked "
+        f"solutions each, then {STEPS} steps of 8 prompts x 8 responses with `{' '.join(SETTINGS)}`, everything else at its "
+        "default. CAPO's judge is the task's tool judge, which recomputes every equation."
+    )
 
 
 PRINTING = threading.Lock()

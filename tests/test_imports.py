@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "apportion"
-HEAVY = (
-    "transformers trl verl fastapi duckdb openai peft pyarrow matplotlib math_verify reasoning_gym tensorboard "
-    "wandb uvicorn"
-).split()
+HEAVY = {
+    *("transformers", "trl", "verl", "peft", "openai", "math_verify", "reasoning_gym"),
+    *("fastapi", "uvicorn", "duckdb", "pyarrow", "matplotlib", "tensorboard", "wandb"),
+}
 PURE = ("types", "functional", "credit", "losses")
 
 

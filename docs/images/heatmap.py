@@ -4,6 +4,7 @@ Four answers to one question are split into steps, verified and judged by the li
 then draws one of them. Run it from the root of the project: python docs/images/heatmap.py
 """
 
+import io
 import os
 import re
 import subprocess
@@ -44,7 +45,7 @@ def main(target: Path) -> None:
         command = [sys.executable, "-m", "apportion.cli.main", *COMMAND.split()[1:]]
         terminal = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color", "COLUMNS": "96"}
         done = subprocess.run(command, cwd=folder, env=os.environ | terminal, capture_output=True, check=True)
-    console = Console(record=True, width=96, file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor")
+    console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi(f"$ {COMMAND}\n" + done.stdout.decode()))
     picture = console.export_svg(title="apportion show", unique_id="heatmap")
     target.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL))  # no fonts from the network

@@ -27,9 +27,14 @@ def sampled(policy, task, sizes=(4, 1, 3), rewards=None):
 
 def gradients(policy, rollouts, credit, loss=LOSS, **options):
     parameters = list(policy.trainable().values())
+    before = [p.detach().clone() for p in parameters]
     settings = {"micro_tokens": 10_000, "grad_clip": 1e9, **options}
-    update(policy, parameters, torch.optim.SGD(parameters, lr=0.0), rollouts, credit, loss, **settings)
-    return torch.cat([p.grad.flatten() for p in parameters])
+    update(policy, parameters, torch.optim.SGD(parameters, lr=1.0), rollouts, credit, loss, **settings)
+    steps = [a - p.detach() for a, p in zip(before, parameters, strict=True)]
+    with torch.no_grad():
+        for p, a in zip(parameters, before, strict=True):
+            p.copy_(a)
+    return torch.cat([step.flatten() for step in steps])
 
 
 def test_outputs_are_the_sampled_logprobs_for_ragged_groups(policy, task):

@@ -11,6 +11,8 @@ from apportion.record import Run
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _RESAMPLES = 10_000
+SLACK = 0.05
+"""How far a run's last evaluation may lie beyond the common budget: responses of equal steps differ a little in length."""
 _GRID = 200
 _NOT_THE_METHOD = ("seed", "out", "progress", "track", "save_every", "threads")
 
@@ -133,7 +135,7 @@ def _weights(n: int, rng: np.random.Generator) -> Array:
 
 def _first_and_last(run: Run, tokens: float) -> tuple[dict[str, Any], dict[str, Any]] | None:
     lines = [m for m in run.metrics("eval") if m.get("accuracy") is not None and m.get("tokens") is not None]
-    within = [m for m in lines if m["tokens"] <= tokens]
+    within = [m for m in lines if m["tokens"] <= (1 + SLACK) * tokens]
     return (within[0], within[-1]) if len(within) > 1 else None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from apportion.cli._app import OptionalPath, call, console, print_json
-from apportion.cli._curves import Curve, Group, before_after, budget, curve, group_runs
+from apportion.cli._curves import SLACK, Curve, Group, before_after, budget, curve, group_runs
 from apportion.cli._errors import UserError
 
 _PANELS = {"accuracy": ("eval", "accuracy", "held-out accuracy"), "reward": ("train", "reward", "training reward")}
@@ -80,13 +80,14 @@ def _print_table(rows: list[dict[str, Any]], tokens: float | None) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("credit", overflow="fold", min_width=20)
-    for name in ("seeds", "before", "after", "difference", "95 % interval", "problems", "last reward"):
+    for name in ("seeds", "tokens", "before", "after", "difference", "95 % interval", "problems", "last reward"):
         table.add_column(name, justify="right", no_wrap=name == "95 % interval")
     for row in rows:
         low_high = row["interval"]
         table.add_row(
             Text(row["label"]),
             str(len(row["runs"])),
+            _number(row["tokens"], ",.0f"),
             _number(row["before"], ".3f"),
             _number(row["after"], ".3f"),
             _number(row["difference"], "+.3f"),
@@ -100,7 +101,8 @@ def _print_table(rows: list[dict[str, Any]], tokens: float | None) -> None:
         out.print("No run has been evaluated twice yet: there is no before and after.")
     else:
         out.print(
-            f"after = the last evaluation within {tokens:,.0f} sampled tokens, which every run evaluated twice has reached"
+            f"after = the last evaluation within {tokens:,.0f} sampled tokens (up to {SLACK:.0%} more), "
+            "which every run evaluated twice has reached; tokens = mean over seeds at that evaluation"
         )
 
 

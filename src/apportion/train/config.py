@@ -137,7 +137,7 @@ class Options:
     """Processor threads; 1 is the safe choice on a busy machine."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of sampler and learner; weights are always float32. auto = bfloat16 where the processor has it."""
-    micro_tokens: int = 2048
+    micro_tokens: int = 1024
     """Tokens in one forward and backward pass; changes memory and speed, not the result."""
     sample_rows: int = 64
     """Responses decoded together."""

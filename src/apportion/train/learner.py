@@ -41,17 +41,19 @@ def update(
     """
     totals = totals_of(rollouts, credit)
     live = ~loss.flat_rows(rollouts, credit) if skip_flat else rollouts.lengths > 0
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
+    optimizer.zero_grad()
     metrics: dict[str, float] = {}
     for rows in micro_batches(rollouts, live.nonzero()[:, 0], micro_tokens):
         part = _backward(policy, rollouts, credit, loss, totals, rows)
         metrics = {k: metrics.get(k, 0.0) + v for k, v in part.items()}
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a flat step still moves AdamW's averages
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, grad_clip, foreach=True))
     if not _finite(norm, metrics.get("loss", 0.0)):
         guilty = _guilty(policy, parameters, rollouts, credit, loss, totals, live.nonzero()[:, 0])
         raise NotFinite(f"the loss is {metrics.get('loss')} and its gradient norm {norm}", guilty)
     optimizer.step()
+    optimizer.zero_grad()  # not to be held while sampling
     return {"loss": 0.0, **metrics, "grad_norm": norm, "live_rows": float(live.float().mean())}
 
 

@@ -14,7 +14,7 @@ demo-results: $(VENV)/demo
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --jaxtyping-packages=apportion,typed.checked --ignore=tests/credit/test_messages.py \
+	$(BIN)/python -m pytest --jaxtyping-packages=apportion,typed.checked --ignore-glob='*/test_messages.py' \
 		tests/credit tests/functional tests/losses tests/laws
 
 lint: $(VENV)/dev

@@ -64,6 +64,13 @@ def test_before_and_after_on_equal_tokens(tmp_path):
     assert first["interval"][0] <= 0.25 <= first["interval"][1]
 
 
+@pytest.mark.parametrize(("last", "after"), [(105, 1.0), (106, 0.5)])
+def test_a_last_evaluation_up_to_5_percent_beyond_the_budget_counts(tmp_path, last, after):
+    evals = [(0, [0] * 4), (100, [1, 1, 0, 0]), (last, [1] * 4)]
+    groups = group_runs([make(tmp_path / "a", evals=evals)])
+    assert before_after(groups[0], 100)["after"] == after
+
+
 def test_without_a_list_of_answers_there_is_no_interval(tmp_path):
     path = make(tmp_path / "a")
     for step, accuracy in enumerate([0.25, 0.5]):
@@ -123,9 +130,9 @@ def test_compare_prints_a_table_and_draws_curves(apportion, four_runs, tmp_path,
     told = apportion("compare", *four_runs)
     assert told.code == 0
     lines = told.out.splitlines()
-    assert lines[1].split()[:5] == ["grpo", "2", "0.000", "0.438", "+0.438"]  # (3/8 + 4/8) / 2
+    assert lines[1].split()[:6] == ["grpo", "2", "100", "0.000", "0.438", "+0.438"]  # (3/8 + 4/8) / 2
     assert lines[2].split()[0] == "capo"
-    assert "within 100 sampled tokens" in told.out
+    assert "within 100 sampled tokens (up to 5% more)" in told.out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -215,7 +215,7 @@ def test_options_that_do_not_fit_are_refused_and_leave_no_folder(config, digits,
 
 def test_a_run_is_resumed_with_the_same_options_or_not_at_all(config, digits):
     run(config(task=digits, steps=1))
-    with pytest.raises(ValueError, match=r"was started with lr=2e-05, but is resumed with 0.001"):
+    with pytest.raises(ValueError, match=r"was started with lr=1e-05, but is resumed with 0.001"):
         run(config(task=digits, steps=2, lr=1e-3), resume=True)
     with pytest.raises(OSError, match="not empty"):
         run(config(task=digits, steps=1))
@@ -237,7 +237,7 @@ def test_tensorboard_gets_the_metrics(config, digits):
 def test_run_json_can_be_read_by_a_script(config, digits):
     info = json.loads((run(config(task=digits, steps=1)) / "run.json").read_text())
     assert info["seed"] == 0
-    assert info["config"]["lr"] == 2e-5
+    assert info["config"]["lr"] == 1e-5
     assert info["versions"]["torch"]
 
 

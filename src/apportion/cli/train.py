@@ -69,15 +69,18 @@ def _train(arguments: Arguments, argv: list[str], resume: bool) -> int:
 
 
 def _config(arguments: Arguments) -> Config:
+    from apportion.signals import VerdictScore
     from apportion.tasks import resolve_task
 
+    credit = parse_credit(arguments.credit)
     options: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in fields(Options)}
     return Config(
         **options,
         task=resolve_task(arguments.task),
-        credit=parse_credit(arguments.credit),
+        credit=credit,
         judge=_judge(arguments),
         splitter=_splitter(arguments.splitter),
+        measures=(VerdictScore(),) if "signals.process" in credit.requires else (),
     )
 
 

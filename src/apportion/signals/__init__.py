@@ -5,6 +5,7 @@ from apportion.signals._pieces import pieces_of
 from apportion.signals._process import Reply, Worker, reward_of
 from apportion.signals._split import Splitter, blank_lines, lines, pattern, sentences
 from apportion.signals._tool_judge import ToolJudge, tool_judge
+from apportion.signals._verdicts import VerdictScore
 from apportion.signals._verify import SymbolicVerifier, last_number, numeric_answer, read_number, symbolic_answer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Splitter",
     "SymbolicVerifier",
     "ToolJudge",
+    "VerdictScore",
     "Worker",
     "blank_lines",
     "last_number",

@@ -1,67 +1,9 @@
 """Credit assignment for reinforcement learning of language models: every token gets the credit it earned."""
 
-from apportion.credit import (
-    Estimator,
-    Transform,
-    add,
-    alias,
-    assemble,
-    capo,
-    chain,
-    clip,
-    dr_grpo,
-    estimator,
-    gae,
-    group_relative,
-    grpo,
-    nsr,
-    partition,
-    prefix_td,
-    process_min,
-    process_penalty,
-    psr,
-    pure,
-    rloo,
-    scale_by_sign,
-    signed_outcome,
-    tempo,
-    transform,
-    w_reinforce,
-    whiten,
-)
+from apportion import credit
+from apportion.credit import *  # noqa: F403  (its __all__ is the list of methods; there is no second one)
 from apportion.types import Credit, Rollouts, Signal, Spans
 
-__all__ = [
-    "Credit",
-    "Estimator",
-    "Rollouts",
-    "Signal",
-    "Spans",
-    "Transform",
-    "add",
-    "alias",
-    "assemble",
-    "capo",
-    "chain",
-    "clip",
-    "dr_grpo",
-    "estimator",
-    "gae",
-    "group_relative",
-    "grpo",
-    "nsr",
-    "partition",
-    "prefix_td",
-    "process_min",
-    "process_penalty",
-    "psr",
-    "pure",
-    "rloo",
-    "scale_by_sign",
-    "signed_outcome",
-    "tempo",
-    "transform",
-    "w_reinforce",
-    "whiten",
-]
+__all__ = ["Credit", "Rollouts", "Signal", "Spans"]
+__all__ += credit.__all__
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ _EXTRAS = {
     "transformers": "train",
     "peft": "train",
     "math_verify": "train",
-    "reasoning_gym": "train",
+    "reasoning_gym": "tasks",
     "gguf": "train",
     "tensorboard": "train",
     "openai": "judge",

@@ -38,8 +38,8 @@ def main() -> None:
     train(warm, "--model", MODEL, "--warmup", str(WARMUP), "--steps", "0", "--eval-every", "0", *SETTINGS)
 
     jobs = [(method, seed) for seed in options.seeds for method in METHODS]
-    say(f"2/3 reinforcement learning: {STEPS} steps of 8 x 8 responses, {' and '.join(METHODS)} side by side")
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 2)) as pool:
+    say(f"2/3 reinforcement learning: {STEPS} steps of 8 x 8 responses, {' and '.join(METHODS)}")
+    with ThreadPoolExecutor(max_workers=side_by_side()) as pool:
         runs = list(pool.map(lambda job: reinforce(options.out, warm, *job), jobs))
 
     say("3/3 what came out")
@@ -50,6 +50,12 @@ def main() -> None:
     if options.page:
         write_page(options.page, runs, options.out / "curves.png", command, about())
     say(f"The runs are in {options.out}. Next: apportion show {runs[-1]} --step 1, or apportion train --help")
+
+
+def side_by_side() -> int:
+    """Two runs at a time where there are two cores and 6 GB of memory for each."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2 if (os.cpu_count() or 1) > 1 and memory > 12e9 else 1
 
 
 def reinforce(out: Path, warm: Path, method: str, seed: int) -> Path:

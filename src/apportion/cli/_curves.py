@@ -14,12 +14,12 @@ _RESAMPLES = 10_000
 SLACK = 0.05
 """How far a run's last evaluation may lie beyond the common budget: responses of equal steps differ a little in length."""
 _GRID = 200
-_NOT_THE_METHOD = ("seed", "out", "progress", "track", "save_every", "threads")
+_NOT_THE_METHOD = ("seed", "steps", "out", "progress", "track", "save_every", "threads")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ in nothing but the seed and how long they went on."""
 
     label: str
     credit: str
@@ -37,7 +37,7 @@ class Curve:
 
 
 def group_runs(paths: list[Path]) -> list[Group]:
-    """The runs by credit and configuration other than the seed, in order of appearance."""
+    """The runs by credit and configuration other than the seed and the number of steps, in order of appearance."""
     by_key: dict[str, list[Run]] = {}
     for path in paths:
         run = Run(path)

@@ -10,7 +10,7 @@ demo: $(VENV)/demo
 	$(BIN)/python recipes/demo.py
 
 demo-results: $(VENV)/demo
-	$(BIN)/python recipes/demo.py --seeds 0 1 2 --steps 36 --page docs/results/demo.md
+	$(BIN)/python recipes/demo.py --seeds 0 1 2 --page docs/results/demo.md
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
 """The main job in miniature: a real language model learns multi-step arithmetic, with two kinds of credit side by side.
 
-    python recipes/demo.py                                                       # one seed, a few minutes
-    python recipes/demo.py --seeds 0 1 2 --steps 36 --page docs/results/demo.md  # three seeds, with a page
+    python recipes/demo.py                                           # one seed, a few minutes
+    python recipes/demo.py --seeds 0 1 2 --page docs/results/demo.md # three seeds, with a page
 
 SmolLM2-135M-Instruct first learns from worked solutions to write one equation a line. From there it is trained twice on
 the same prompts: with plain GRPO, which spreads the outcome over all tokens, and with CAPO, whose judge here is a tool

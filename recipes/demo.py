@@ -5,8 +5,8 @@
 
 SmolLM2-135M-Instruct first learns from worked solutions to write one equation a line. From there it is trained twice on
 the same prompts: with plain GRPO, which spreads the outcome over all tokens, and with CAPO, whose judge here is a tool
-that recomputes every equation and takes credit from the wrong steps. Interrupted, or asked
-for more steps, it goes on where it was.
+that recomputes every equation and takes credit from the wrong steps.
+Interrupted, or asked for more steps, it goes on where it was.
 """
 
 import argparse
@@ -85,12 +85,8 @@ def finished(out: Path, steps: int) -> bool:
 def apportion(*arguments: str, prefix: str = "") -> None:
     """Run the command line of the library; lines of runs that share the terminal begin with the run's name."""
     command = [sys.executable, "-m", "apportion.cli.main", *arguments]
-    if not prefix:
-        subprocess.run(command, check=True)
-        return
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
+    with subprocess.Popen(command, stderr=subprocess.PIPE if prefix else None, text=True) as process:
+        for line in process.stderr or ():
             with PRINTING:
                 print(f"{prefix:8} {line}", end="", file=sys.stderr, flush=True)
     if process.returncode:

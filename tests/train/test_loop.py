@@ -15,6 +15,7 @@ import torch
 from apportion.credit import capo, gae, grpo, nsr, rloo, tempo
 from apportion.record import Run, read_jsonl
 from apportion.signals import lines, tool_judge
+from apportion.tasks import arithmetic
 from apportion.train import Config, NotFinite, run
 
 
@@ -146,7 +147,7 @@ def wait_for_a_moment(folder: Path, rng: random.Random, *, during_checkpoint: bo
         if during_checkpoint and any((folder / "checkpoints").glob("*.tmp")):
             return
         if not during_checkpoint and metrics.exists() and metrics.stat().st_size > before:
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.05))
             return
         time.sleep(0.0005)
 
@@ -219,6 +220,15 @@ def test_a_run_is_resumed_with_the_same_options_or_not_at_all(config, digits):
         run(config(task=digits, steps=2, lr=1e-3), resume=True)
     with pytest.raises(OSError, match="not empty"):
         run(config(task=digits, steps=1))
+
+
+def test_a_run_is_not_resumed_on_other_problems(config, task):
+    run(config(steps=1))
+    other = arithmetic(terms=3, train=64, test=16, seed=1)  # as many problems, but not the same
+    with pytest.raises(
+        ValueError, match=r"was started with task='<task arithmetic: 64 train, 16 test, \w{8}>', but is resumed"
+    ):
+        run(config(steps=2, task=other), resume=True)
 
 
 def test_a_judge_that_cannot_be_reached_is_found_before_the_model_is_loaded(config, digits):

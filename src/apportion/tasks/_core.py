@@ -76,7 +76,9 @@ class BasicTask:
         check_disjoint(self.name, self.train, self.test)
 
     def __repr__(self) -> str:
-        return f"<task {self.name}: {len(self.train)} train, {len(self.test)} test>"
+        problems = repr([(p.id, p.prompt, p.answer) for pool in (self.train, self.test) for p in pool])
+        digest = hashlib.sha256(problems.encode()).hexdigest()[:8]
+        return f"<task {self.name}: {len(self.train)} train, {len(self.test)} test, {digest}>"
 
     def verify(self, problem: Problem, text: str) -> float:
         """The reward of a response, 0 to 1; NaN = it could not be measured."""

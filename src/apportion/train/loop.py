@@ -1,7 +1,6 @@
 """The training loop, to be read top to bottom: sample, verify, measure, credit, record, update."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,8 @@ def _step(config: Config, policy: CausalPolicy, report: Report, measures: Any, s
         )
     clock.lap("sample")
     state.rollouts = rollouts
-    rollouts = verified(rollouts, [problems[g] for g in rollouts.group_ids.tolist()], config.task, config)
+    asked = [problems[g] for g in rollouts.group_ids.tolist()]
+    rollouts = verified(rollouts, asked, config, may_miss=config.unmeasured == "skip")
     rollouts = measured(rollouts, policy, config, measures)
     credit = config.credit(rollouts)
     state.rollouts = rollouts
@@ -132,8 +132,7 @@ def evaluate(config: Config, policy: CausalPolicy, report: Report, state: "State
             generator=generator_for(config.seed, 0),
             on_rows=advance,
         )
-    settings = replace(config, unmeasured="skip")
-    outcome = verified(rollouts, problems, config.task, settings).signals["outcome"].values
+    outcome = verified(rollouts, problems, config, may_miss=True).signals["outcome"].values
     correct = torch.where(outcome.isnan(), 0.0, outcome)
     report.log(
         state.step,

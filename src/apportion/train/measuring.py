@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from apportion.tasks import Problem, Task
+from apportion.tasks import Problem
 from apportion.train.config import Config, Measure
 from apportion.train.learner import NotFinite
 from apportion.train.policy import CausalPolicy
@@ -50,19 +50,19 @@ def splitter_of(config: Config) -> Any:
     return config.splitter if config.splitter is not None else getattr(config.task, "splitter", None)
 
 
-def verified(rollouts: Rollouts, problems: Sequence[Problem], task: Task, config: Config) -> Rollouts:
+def verified(rollouts: Rollouts, problems: Sequence[Problem], config: Config, *, may_miss: bool) -> Rollouts:
     """The outcome of every response, as the signal "outcome".
 
     Raises:
-        NotFinite: an outcome is infinite, or NaN while `unmeasured` says stop.
+        NotFinite: an outcome is infinite, or NaN unless some `may_miss`.
     """
     assert rollouts.truncated is not None
     rewards = []
     for problem, text, cut in zip(problems, rollouts.meta["text"], rollouts.truncated.tolist(), strict=True):
         fixed = config.truncated_reward if cut else None
-        rewards.append(float(task.verify(problem, text)) if fixed is None else fixed)
+        rewards.append(float(config.task.verify(problem, text)) if fixed is None else fixed)
     outcome = torch.tensor(rewards, device=rollouts.device)
-    bad = outcome.isinf() | (outcome.isnan() if config.unmeasured == "stop" else outcome.isinf())
+    bad = outcome.isinf() if may_miss else ~outcome.isfinite()
     if bool(bad.any()):
         rows = bad.nonzero()[:, 0].tolist()
         raise NotFinite(f"the reward is {rewards[rows[0]]}", rows)

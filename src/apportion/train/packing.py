@@ -22,14 +22,26 @@ class Packed:
 
     Args:
         tokens, positions: ids and places in their own row, [P, L].
-        mask: who sees whom, [P, 1, L, L].
+        owner: the row of each token; -1 = a prompt, which all rows of its sequence see, -2 = padding, [P, L].
         home: for each row and position, its place in the flattened packed sequences, [B, T]; padding points at 0.
     """
 
     tokens: Int[Tensor, "P L"]
     positions: Int[Tensor, "P L"]
-    mask: Bool[Tensor, "P 1 L L"]
+    owner: Int[Tensor, "P L"]
     home: Int[Tensor, "B T"]
+
+    def block_mask(self) -> Bool[Tensor, "P 1 L L"]:
+        """Who sees whom. Padding sees itself: a softmax over nothing would be NaN."""
+        length = self.owner.shape[1]
+        before = torch.ones(length, length, dtype=torch.bool, device=self.owner.device).tril()
+        same = self.owner[:, :, None] == self.owner[:, None, :]
+        prompt = (self.owner == -1)[:, None, :]
+        return ((same | prompt) & before)[:, None]
+
+    def padding_mask(self) -> Int[Tensor, "P L"]:
+        """1 where there is a token: all that is needed where no two rows share a sequence."""
+        return (self.owner != -2).to(torch.int64)
 
 
 def pack(rollouts: Rollouts, *, pad_id: int, share: bool = True) -> Packed:
@@ -47,7 +59,7 @@ def pack(rollouts: Rollouts, *, pad_id: int, share: bool = True) -> Packed:
 
     tokens = torch.full((len(shared), width), pad_id, dtype=torch.int64)
     positions = torch.zeros(len(shared), width, dtype=torch.int64)
-    owner = torch.full((len(shared), width), -2, dtype=torch.int64)  # -1 = everybody's prompt, -2 = padding
+    owner = torch.full((len(shared), width), -2, dtype=torch.int64)
     home = torch.zeros(rollouts.batch, rollouts.width, dtype=torch.int64)
     for p, members in enumerate(shared.values()):
         n = prompts[members[0]]
@@ -61,7 +73,7 @@ def pack(rollouts: Rollouts, *, pad_id: int, share: bool = True) -> Packed:
             home[b, :n] = p * width + torch.arange(n)
             home[b, n : lengths[b]] = p * width + torch.arange(start, start + own)
             start += own
-    return Packed(tokens.to(device), positions.to(device), _who_sees_whom(owner.to(device)), home.to(device))
+    return Packed(tokens.to(device), positions.to(device), owner.to(device), home.to(device))
 
 
 def _prompt_lengths(rollouts: Rollouts) -> list[int]:
@@ -72,10 +84,3 @@ def _prompt_lengths(rollouts: Rollouts) -> list[int]:
 
 def _packed_length(members: Sequence[int], lengths: Sequence[int], prompts: Sequence[int]) -> int:
     return prompts[members[0]] + sum(lengths[b] - prompts[b] for b in members)
-
-
-def _who_sees_whom(owner: Int[Tensor, "P L"]) -> Bool[Tensor, "P 1 L L"]:
-    before = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool, device=owner.device).tril()
-    same = owner[:, :, None] == owner[:, None, :]
-    prompt = (owner == -1)[:, None, :]
-    return ((same | prompt) & before)[:, None]  # padding sees itself: a softmax over nothing would be NaN

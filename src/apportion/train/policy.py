@@ -193,7 +193,8 @@ class CausalPolicy:
         """What a checkpoint must hold of the reference; None where the base model is the reference."""
         if self._reference is None or self._reference == "base":
             return None
-        return {name: p for name, p in self._reference.named_parameters() if name in self.trainable()}
+        trained = self.trainable()
+        return {name: p for name, p in self._reference.named_parameters() if name in trained}
 
     def load_reference(self, state: dict[str, Tensor] | None) -> None:
         """The inverse of `reference_state`."""
@@ -220,7 +221,7 @@ class CausalPolicy:
     ) -> Outputs:
         assert rollouts.tokens is not None
         packed = pack(rollouts, pad_id=self.pad_id, share=self.share_prompt)
-        mask: Any = packed.mask if self.share_prompt else _padding_mask(packed.home, packed.tokens, rollouts)
+        mask = packed.block_mask() if self.share_prompt else packed.padding_mask()
         row, position = where.nonzero(as_tuple=True)
         if bool((position == 0).any()):
             raise ValueError(
@@ -313,11 +314,6 @@ def _takes_block_masks(model: Any) -> bool:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return config._attn_implementation in ("sdpa", "eager") and layers == {"full_attention"} and not windowed
-
-
-def _padding_mask(home: Tensor, tokens: Tensor, rollouts: Rollouts) -> Tensor:
-    """The ordinary 2-D mask: without sharing, packed sequence p is row p."""
-    return (torch.arange(tokens.shape[1], device=tokens.device) < rollouts.lengths[:, None]).to(torch.int64)
 
 
 def _body_and_head(model: Any) -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ def test_the_package_exports_the_same_objects():
     assert all(getattr(apportion, name) is getattr(credit, name) for name in credit.__all__)
 
 
-def test_every_method_says_where_it_comes_from():
+def test_every_method_says_where_it_comes_from_and_what_it_costs():
     for name in written():
-        assert "Source:" in getattr(credit, name).__doc__, name
+        for field in ("Source:", "Cost:"):
+            assert field in getattr(credit, name).__doc__, f"the docstring of {name} has no field {field}"

@@ -76,7 +76,25 @@ def batch_for(method: Estimator, seed: int, **how) -> Rollouts:
     pick = {k: None if v is None else v[late] for k, v in columns.items()}
     keep = {k: None if v is None else v[~late] for k, v in columns.items()}
     signals = {k: v for k, v in r.signals.items() if v.unit != "step"}
-    return r.replace(spans={"half": replace(half, **keep), "step": replace(half, **pick)}, signals=signals)
+    spans = {**r.spans, "half": replace(half, **keep), "step": replace(half, **pick)}
+    return r.replace(spans=spans, signals=signals)
+
+
+def quiet(r: Rollouts) -> Rollouts:
+    """The batch as if every measurement but the outcome had found 0."""
+    return r.replace(signals={k: replace(v, values=torch.zeros_like(v.values)) for k, v in r.signals.items()})
+
+
+def alone(r: Rollouts) -> Rollouts:
+    """The batch with every trajectory in a group of its own; what continued another's span begins anew."""
+    spans = {}
+    for name, s in r.spans.items():
+        if s.parent is not None:
+            own = r.trajectory_ids[s.row[s.parent]] == r.trajectory_ids[s.row]
+            s = replace(s, parent=torch.where(own, s.parent, -1))
+        spans[name] = s
+    grouped = {k: replace(v, values=v.values[r.trajectory_groups]) for k, v in r.signals.items() if v.unit == "group"}
+    return r.replace(group_ids=r.trajectory_ids, spans=spans, signals={**r.signals, **grouped})
 
 
 def same(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-9) -> None:
@@ -167,7 +185,23 @@ def test_a_shift_of_the_outcomes(method, seed, by):
     if "additive" in method.laws:
         difference = (moved.advantages - c.advantages)[c.mask]
         assert not len(difference) or difference.max() - difference.min() < 1e-9
-    assert set(method.laws) <= {"shift", "additive", "equal"}
+    assert set(method.laws) <= {"shift", "additive", "equal", "linear", "scale"}
+
+
+@methods
+@given(seed=SEEDS, by=st.sampled_from([0.25, 3.0, 50.0]))
+@tried
+def test_a_scale_of_the_outcomes(method, seed, by):
+    """With nothing else measured, advantages grow with the outcomes ("linear") or stay as they are ("scale")."""
+    if not {"linear", "scale"} & set(method.laws):
+        return
+    r = batch_for(method, seed)
+    r = with_outcome(quiet(r), r.signals["outcome"].values)
+    c, more = method(r), method(with_outcome(r, r.signals["outcome"].values * by))
+    if "linear" in method.laws:
+        same(more.advantages, c.advantages * by, 1e-6 * max(1.0, by))
+    else:
+        same(more.advantages, c.advantages, 1e-3)
 
 
 @methods
@@ -177,11 +211,10 @@ def test_equal_outcomes(method, seed, value):
     """Always finite; exactly nothing where the method declares it and nothing else was measured."""
     for dtype in (torch.float64, torch.float32):
         r = batch_for(method, seed, unmeasured=False, dtype=dtype)
-        quiet = {k: replace(v, values=torch.zeros_like(v.values)) for k, v in r.signals.items()}
         r = with_outcome(r, torch.full_like(r.signals["outcome"].values, value))
         assert method(r).advantages.isfinite().all()
         if "equal" in method.laws:
-            assert (method(with_outcome(r.replace(signals=quiet), r.signals["outcome"].values)).advantages == 0).all()
+            assert (method(with_outcome(quiet(r), r.signals["outcome"].values)).advantages == 0).all()
 
 
 @methods
@@ -239,8 +272,10 @@ def test_the_printed_form_makes_an_equal_method(method):
 def test_a_missing_field_is_named(method):
     r = batch_for(method, 5)
     for needed in method.requires:
-        kind, _, key = needed.partition(".")
-        if kind == "spans":
+        kind, key, column = (*needed.split("."), "", "")[:3]
+        if column:
+            poorer = r.with_spans(**{key: replace(r.spans[key], **{column: None})})
+        elif kind == "spans":
             signals = {k: v for k, v in r.signals.items() if v.unit != key}
             poorer = r.replace(spans={k: v for k, v in r.spans.items() if k != key}, signals=signals)
         else:
@@ -274,20 +309,10 @@ def test_empty_batches(method):
 @methods
 def test_the_smallest_group_that_can_speak(method):
     """With groups of one, a method that needs two says nothing."""
-    n = 3
-    r = Rollouts.from_lists(
-        [[1, 2]] * n,
-        range(n),
-        outcome=[1.0, 0.0, 1.0],
-        steps=[[(0, 1)]] * n,
-        judge=[[[1.0]], [[0.0]], [[0.0]]],
-        process=[[0.5], [-0.5], [0.1]],
-        values=[[0.1, 0.2]] * n,
-        logprobs=[[-1.0, -1.0]] * n,
-        ref_logprobs=[[-1.0, -2.0]] * n,
-    )
-    late = replace(r.spans["step"], start=r.spans["step"].stop, stop=r.spans["step"].stop + 1)
-    spoken = bool((method(r.with_spans(half=late)).advantages != 0).any())
+    spoken = False
+    for seed in range(4):
+        r = alone(batch_for(method, seed, unmeasured=False))
+        spoken |= bool((method(r).advantages != 0).any())
     if method.name == "add":
         assert method.needs_group_of == 2, "of its terms, grpo and capo would be silent"
     else:

@@ -140,7 +140,7 @@ def _function(node: ast.expr) -> Callable[..., Any]:
         case ast.Name(id=name):
             raise UserError(f"there is no credit method {name!r}. {nearest(name, known)} See: apportion methods")
         case ast.Attribute(value=ast.Name(id=name), attr=variant) if name in known:
-            variants = _variants(known[name])
+            variants = variants(known[name])
             if variant in variants:
                 return variants[variant]
             hint = nearest(variant, variants) if variants else "It has none."
@@ -148,7 +148,8 @@ def _function(node: ast.expr) -> Callable[..., Any]:
     raise UserError(f"--credit may call exported names of apportion.credit only; got {ast.unparse(node)!r:.200}.")
 
 
-def _variants(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def variants(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The dialects of a function by name."""
     own = vars(function) if hasattr(function, "__dict__") else {}
     return {name: f for name, f in own.items() if not name.startswith("_") and bound(f) is not None}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from apportion import credit
 from apportion.cli._app import call, console, print_json
-from apportion.cli._compose import bound, exported, kind_of
+from apportion.cli._compose import bound, exported, kind_of, variants
 
 
 def main(argv: list[str]) -> int:
@@ -15,10 +15,10 @@ def main(argv: list[str]) -> int:
 
 
 def methods(*, json: bool = False) -> int:
-    """List the credit methods: what each needs, what it must see at once, and where it comes from.
+    """List the credit methods: what each needs, what it must see at once, what it costs, and where it comes from.
 
     Any name is a value of --credit; so is a composition such as "chain(grpo(), clip(limit=2.0))", and your own
-    module:function.
+    module:function. Names that begin with a dot are dialects: group_relative.verl() gives verl's own numbers.
 
     Examples:
       apportion methods
@@ -47,14 +47,16 @@ def _row(name: str) -> dict[str, Any]:
         "scope": made.scope if made else None,
         "group_of": made.needs_group_of if made else None,
         "about": doc.partition("\n")[0],
-        "source": _source(doc),
+        "cost": _field(doc, "Cost"),
+        "source": _field(doc, "Source"),
+        "dialects": sorted(variants(function)),
         "expression": repr(made) if made else None,
     }
 
 
-def _source(doc: str) -> str | None:
-    """The first clause of the docstring's field "Source:"."""
-    found = re.search(r"Source: (.*?)(?:\.\s|\.$|;|\n\s*\n|$)", doc, re.DOTALL)
+def _field(doc: str, name: str) -> str | None:
+    """The first clause of a field of the docstring, such as "Source:"."""
+    found = re.search(rf"{name}: (.*?)(?:\.\s|\.$|;|\n\s*\n|$)", doc, re.DOTALL)
     return " ".join(found[1].split()) if found else None
 
 
@@ -63,9 +65,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("name", "kind", "needs", "scope", "source"):
+    for column in ("name", "kind", "needs", "scope", "cost", "source"):
         table.add_column(column, no_wrap=column in ("name", "kind", "scope"), overflow="fold")
     for row in rows:
-        cells = (row["name"], row["kind"], ", ".join(row["needs"]), row["scope"] or "", row["source"] or row["about"])
+        name = "\n  .".join([row["name"], *row["dialects"]])
+        needs, source = ", ".join(row["needs"]), row["source"] or row["about"]
+        cells = (name, row["kind"], needs, row["scope"] or "", row["cost"] or "", source)
         table.add_row(*(Text(cell) for cell in cells))
     console().print(table)

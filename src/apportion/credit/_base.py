@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import wraps
 from types import NoneType, UnionType
 from typing import (
+    TYPE_CHECKING,
     Any,
     Concatenate,
     Literal,
@@ -44,11 +45,13 @@ class Estimator:
         key: the expression with every setting written out; two estimators with the same key are equal.
         expression: the expression as it was written, what `repr` shows.
         run: the computation with its checks, in float64 and without rounding.
-        requires: what the rollouts must have: "signals.outcome", "spans.step", "values", "tokens", "logprobs" ...
+        requires: what the rollouts must have: "signals.outcome", "spans.step", "spans.turn.state", "values", "tokens" ...
         scope: what a correct answer must see: one row, its whole group, the whole batch.
         needs_group_of: the smallest group size that can carry a signal.
         laws: which optional laws hold: "shift" (adding a constant to every outcome changes nothing), "additive" (it
-            adds one constant to every advantage), "equal" (equal outcomes give exactly 0 if nothing else was measured).
+            adds one constant to every advantage), "equal" (equal outcomes give exactly 0 if nothing else was measured),
+            "linear" (outcomes times c > 0, nothing else measured: advantages times c), "scale" (they stay as they are,
+            up to eps).
     """
 
     name: str = field(compare=False)
@@ -61,8 +64,12 @@ class Estimator:
     laws: tuple[str, ...] = field(compare=False)
 
     def __call__(self, rollouts: Rollouts) -> Credit:
-        """The credit of these rollouts, rounded once: float64 if every float that was read is, else float32."""
-        return _rounded(self.run(rollouts), _output_dtype(rollouts, self.requires))
+        """The credit of these rollouts, rounded once: float64 if every float that was read is, else float32.
+
+        Credit is a constant of the loss: no gradient flows through it.
+        """
+        with torch.no_grad():
+            return _rounded(self.run(rollouts), _output_dtype(rollouts, self.requires))
 
     def __repr__(self) -> str:
         return self.expression
@@ -86,8 +93,9 @@ class Transform:
     laws_after: Callable[[tuple[str, ...]], tuple[str, ...]] = field(compare=False)
 
     def __call__(self, credit: Credit, rollouts: Rollouts) -> Credit:
-        """The changed credit, in the dtype of the credit given."""
-        return _rounded(self.run(credit, rollouts), credit.advantages.dtype)
+        """The changed credit, in the dtype of the credit given, without gradient."""
+        with torch.no_grad():
+            return _rounded(self.run(credit, rollouts), credit.advantages.dtype)
 
     def __repr__(self) -> str:
         return self.expression
@@ -99,6 +107,10 @@ class EstimatorFunction(Protocol[P]):
 
     __name__: str
     role: Literal["estimator", "alias"]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, dialect: str) -> "EstimatorFunction[...]": ...
 
     @overload
     def __call__(self, rollouts: Rollouts, /, *args: P.args, **kwargs: P.kwargs) -> Credit: ...
@@ -207,6 +219,21 @@ def alias(function: Callable[P, Estimator]) -> EstimatorFunction[P]:
     return cast(EstimatorFunction[P], _marked(compose_or_run, "alias"))
 
 
+def dialect(of: Any) -> Callable[[Callable[P, Estimator]], EstimatorFunction[P]]:
+    """Make a named variant `of.name()` of an estimator: the settings with which it gives a peer's own numbers.
+
+    `f(*, settings) -> Estimator`; the variant prints as the settings it stands for. On the command line and in a
+    composition it is written `group_relative.trl()`.
+    """
+
+    def decorate(function: Callable[P, Estimator]) -> EstimatorFunction[P]:
+        made = alias(function)
+        setattr(of, function.__name__, made)
+        return made
+
+    return decorate
+
+
 # ---- what estimators share ----------------------------------------------------------------------------------------
 
 
@@ -270,7 +297,18 @@ _CURES = {
     "tokens": "Give token ids; continuous actions have no prefixes to compare.",
     "spans": "Split the responses first: rollouts.with_spans({name}=...).",
     "signals": "Measure it first: rollouts.with_signals({name}=...).",
+    "state": "Say which spans begin in the same situation: Spans(state=...).",
+    "parent": "Say which span each span continues: Spans(parent=...), -1 for a root.",
 }
+
+
+def held(rollouts: Rollouts, needed: str) -> Any:
+    """What `needed` names ("values", "signals.outcome", "spans.turn", "spans.turn.state"); None if it is not there."""
+    kind, *path = needed.split(".")
+    found = getattr(rollouts, kind)
+    if path and found is not None:
+        found = found.get(path[0])
+    return getattr(found, path[1]) if found is not None and len(path) > 1 else found
 
 
 def check(rollouts: Rollouts, name: str, requires: Sequence[str], scope: Cover) -> None:
@@ -280,13 +318,14 @@ def check(rollouts: Rollouts, name: str, requires: Sequence[str], scope: Cover) 
         ValueError: what is needed, what was got, and the cure.
     """
     for needed in requires:
-        kind, _, key = needed.partition(".")
-        held = getattr(rollouts, kind)
-        if held is None or (key and key not in held):
-            has = f" (it has {', '.join(held)})" if key and held else ""
-            cure = _CURES[kind].format(name=key)
-            field_name = f'rollouts.{kind}["{key}"]' if key else f"rollouts.{kind}"
-            raise ValueError(f"{name} needs {field_name}, which this batch lacks{has}. {cure}")
+        if held(rollouts, needed) is not None:
+            continue
+        kind, key, column = (*needed.split("."), "", "")[:3]
+        known = getattr(rollouts, kind) if key else None
+        has = f" (it has {', '.join(known)})" if known else ""
+        field_name = f'rollouts.{kind}["{key}"]' if key else f"rollouts.{kind}"
+        field_name, cure = (f"{field_name}.{column}", _CURES[column]) if column else (field_name, _CURES[kind])
+        raise ValueError(f"{name} needs {field_name}, which this batch lacks{has}. {cure.format(name=key)}")
     if COVERS.index(rollouts.covers) < COVERS.index(scope):
         raise ValueError(
             f"{name} compares within the {scope}, but this slice covers only the {rollouts.covers}. "
@@ -322,15 +361,20 @@ def _bound(name: str, allowed: Mapping[str, inspect.Parameter], given: Settings)
 def _checked(name: str, key: str, value: Any, annotation: Any) -> Any:
     """The value, if the annotation admits it; a whole number becomes a float where a float is meant."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    sequence = next((get_args(m)[0] for m in members if get_origin(m) is tuple), None)
+    if sequence is not None and isinstance(value, tuple | list):
+        return tuple(_checked(name, key, item, sequence) for item in value)
+    members = tuple(m for m in members if get_origin(m) is not tuple)
     choices = [v for m in members for v in ((None,) if m is NoneType else get_args(m))]
     kinds = tuple(m for m in members if isinstance(m, type) and m is not NoneType)
     if type(value) is int and float in kinds:
         value = float(value)
     if not (isinstance(value, kinds) or value in choices):
         wanted = [k.__name__ for k in kinds] + [repr(c) for c in choices]
+        wanted += [] if sequence is None else [f"several {sequence.__name__}"]
         close = get_close_matches(str(value), [c for c in choices if isinstance(c, str)], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        error = TypeError if kinds else ValueError
+        error = TypeError if kinds or sequence is not None else ValueError
         raise error(f"{name} needs {key} to be {' or '.join(wanted)}; got {value!r}.{hint}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} needs a finite {key}; got {value}.")
@@ -375,9 +419,9 @@ def _run_or_return(made: Any, given: tuple[Any, ...], kinds: tuple[type, ...]) -
 def _output_dtype(rollouts: Rollouts, requires: Sequence[str]) -> torch.dtype:
     read: list[Tensor | None] = []
     for needed in requires:
-        kind, _, key = needed.partition(".")
-        held = getattr(rollouts, kind)
-        read.append(held[key].values if kind == "signals" else held if not key else None)
+        kind = needed.partition(".")[0]
+        found = held(rollouts, needed)
+        read.append(found.values if kind == "signals" else None if kind == "spans" else found)
         read += {"values": [rollouts.bootstrap], "logprobs": [rollouts.old_logprobs]}.get(kind, [])
     floats = [x.dtype for x in read if x is not None and x.is_floating_point()]
     return torch.float64 if floats and all(d == torch.float64 for d in floats) else torch.float32

@@ -23,7 +23,8 @@ def _scope(s: Settings) -> Cover:
 
 
 def _needs_group_of(s: Settings) -> int:
-    return 2 if _compares(s["baseline"], s["scale"]) and s["singleton"] != "raw" else 1
+    several = s["pool"] == "all" and s["unit"] not in _UNITS  # the spans of one trajectory are compared too
+    return 2 if _compares(s["baseline"], s["scale"]) and s["singleton"] != "raw" and not several else 1
 
 
 def _compares(baseline: str, scale: str | None) -> bool:
@@ -58,6 +59,7 @@ def group_relative(
     Source: GRPO, arXiv 2402.03300; without the deviation, Dr. GRPO, 2503.20783; leave-one-out, 2402.14740.
         Departs: equal rewards give exactly 0 also when they are not representable in binary.
     Reads: signals[reward], spans[unit]. Scope: group, or batch for `scale="batch_std"`. Unit: `unit`.
+    Cost: none beyond the rollouts.
     Laws: adding a constant to the rewards of a group changes nothing (not for `baseline="none"` or `scale="mean"`);
         with `baseline="mean"` the advantages of a group's members sum to 0.
     Degenerate: a group with one measured member gets 0 (`singleton`) if members are compared; equal rewards 0 if a
@@ -204,6 +206,7 @@ def grpo(*, reward: str = "outcome", eps: float = 1e-6, ddof: int = 1) -> Estima
     """Group relative policy optimisation: above the group's mean, in units of its sample deviation.
 
     Source: arXiv 2402.03300, with the sample deviation and `eps` outside, as in verl and SkyRL.
+    Cost: none beyond the rollouts.
 
     Example:
         >>> grpo()
@@ -217,6 +220,7 @@ def dr_grpo(*, reward: str = "outcome") -> Estimator:
     """GRPO without the deviation: above the group's mean.
 
     Source: arXiv 2503.20783. Its loss, too, differs from GRPO's; that is a setting of the loss.
+    Cost: none beyond the rollouts.
 
     Example:
         >>> dr_grpo()
@@ -230,6 +234,7 @@ def rloo(*, reward: str = "outcome") -> Estimator:
     """REINFORCE with the mean of the other members as the baseline.
 
     Source: arXiv 2402.14740.
+    Cost: none beyond the rollouts.
 
     Example:
         >>> rloo()

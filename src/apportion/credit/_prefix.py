@@ -27,6 +27,7 @@ def prefix_td(
 
     Source: TEMPO, arXiv 2509.18314, and its code. Departs: padding never matches; a group of one gets 0.
     Reads: signals[reward], tokens. Scope: group. Unit: trajectory, plus token for the branch part.
+    Cost: none beyond the rollouts.
     Laws: the changes of value along a response add up to V(response) - mean; a shift of all rewards changes nothing.
     Degenerate: equal rewards 0; equal responses share every node; a response that ended leaves the sharers; an unmeasured
         trajectory is nobody's sharer, advantage 0, mask False.
@@ -87,6 +88,7 @@ def tempo(*, scale: Literal["std"] | None = "std", eps: float = 1e-6, reward: st
     """TEMPO: group-relative credit plus the change of value where responses part.
 
     Source: arXiv 2509.18314. `scale=None` is its mean-only variant.
+    Cost: none beyond the rollouts.
 
     Example:
         >>> tempo()

@@ -52,6 +52,7 @@ def process_penalty(
 
     Source: CAPO, arXiv 2508.02298; normalised over the group's tokens by `capo`.
     Reads: signals[outcome], signals[judge] [S, critiques], spans[spans]. Scope: row. Unit: span.
+    Cost: a judge call per response and critique.
     Laws: adding a constant to the outcomes adds `correct` times it to every token; the order of critiques is irrelevant; identical critiques make all votes agree.
     Degenerate: an unusable critique (NaN) is dropped and K shrinks; no usable critique w = 0, counted in notes; no step
         the outcome alone; positions outside every step get no penalty.
@@ -125,6 +126,7 @@ def capo(
     """CAPO: outcome minus penalties on wrong steps, normalised over all tokens of the group.
 
     Source: arXiv 2508.02298. Departs: what the paper leaves open, whether long responses weigh more, is read as yes.
+    Cost: a judge call per response and critique.
 
     Example:
         >>> capo(vote="majority")  # doctest: +NORMALIZE_WHITESPACE
@@ -165,6 +167,7 @@ def process_min(
     Source: PURE, arXiv 2504.15275, and its code (branches main and verl). Departs: `horizon=None` takes the
         longest response of the group for N, where the code takes the generation limit of the run.
     Reads: signals[process], signals[outcome] unless `coef=0.0`, spans[spans]. Scope: group. Unit: token.
+    Cost: a process reward model's pass.
     Laws: adding a constant to all outcomes changes nothing.
     Degenerate: a group with one measured trajectory gets 0; no scored step G = 0; a step without score or without action
         tokens is left out of the minimum, counted in notes; an unmeasured outcome see `unmeasured`.
@@ -350,6 +353,7 @@ def pure(
     """PURE: the soft minimum of the step scores plus the verifier's outcome, each above the rest of the group.
 
     Source: arXiv 2504.15275. Departs: the optional whitening of its newer code is left to `chain(pure(), whiten())`.
+    Cost: a process reward model's pass.
 
     Example:
         >>> pure(horizon=512)  # doctest: +NORMALIZE_WHITESPACE

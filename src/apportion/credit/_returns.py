@@ -36,6 +36,7 @@ def gae(
         action, `-kl_coef (ln pi_old - ln pi_ref)` on every one. Whitening is `whiten`, never done here.
     Reads: values, signals[reward], bootstrap and truncated, spans[over], logprobs (old_logprobs first) and ref_logprobs
         for `kl_coef`. Scope: row. Unit: token, or `over`.
+    Cost: a critic, trained beside the policy; a reference model's pass if `kl_coef`.
     Laws: `gamma = lam = 1` gives the sum of rewards from t on minus V_t; with V = 0 too, the outcome everywhere.
     Degenerate: after the last action V is `bootstrap` where the trajectory's last row is truncated, else 0; an empty
         response nothing; an unmeasured outcome advantage 0 and mask False. Over spans, a position outside every span

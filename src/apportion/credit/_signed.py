@@ -19,6 +19,7 @@ def signed_outcome(
     Source: arXiv 2506.01347 (rewards +1 and -1, no baseline). The paper's outcomes are binary; the threshold
         for others is ours.
     Reads: signals[outcome]. Scope: row. Unit: trajectory.
+    Cost: none beyond the rollouts.
     Laws: other trajectories never matter. It speaks on groups of one and on groups of equal rewards.
     Degenerate: an unmeasured outcome advantage 0 and mask False; an empty response nothing. A truncated response is
         what its verifier says it is.
@@ -51,6 +52,7 @@ def nsr(*, threshold: float = 0.5, outcome: str = "outcome") -> Estimator:
     """Negative sample reinforcement: push wrong responses down, leave right ones out of the batch.
 
     Source: arXiv 2506.01347.
+    Cost: none beyond the rollouts.
 
     Example:
         >>> nsr()
@@ -64,6 +66,7 @@ def psr(*, threshold: float = 0.5, outcome: str = "outcome") -> Estimator:
     """Positive sample reinforcement: push right responses up, leave wrong ones out of the batch.
 
     Source: arXiv 2506.01347.
+    Cost: none beyond the rollouts.
 
     Example:
         >>> psr()
@@ -77,6 +80,7 @@ def w_reinforce(*, positive: float = 0.1, threshold: float = 0.5, outcome: str =
     """Weighted REINFORCE: wrong responses at full weight, right ones at a small one, all kept in the batch.
 
     Source: arXiv 2506.01347; its lambda is `positive`.
+    Cost: none beyond the rollouts.
 
     Example:
         >>> w_reinforce()

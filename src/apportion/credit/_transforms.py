@@ -22,6 +22,7 @@ def scale_by_sign(
     Source: NSR and W-REINFORCE, arXiv 2506.01347; `drop_zero` as its released runs, which leave the other
         class out of the batch.
     Reads: nothing more. Scope: row. Unit: token.
+    Cost: none.
     Laws: the sign of every advantage is kept, for weights above 0.
     Degenerate: an advantage of 0 stays 0; with `drop_zero` it leaves the mask, so an all-correct batch of NSR is empty.
 
@@ -49,6 +50,7 @@ def clip(credit: Credit, rollouts: Rollouts, *, limit: float = 5.0) -> Credit:
     """No advantage beyond the limit: `A' = min(max(A, -limit), limit)`.
 
     Source: common practice. Reads: nothing more. Scope: row. Unit: token; the difference is the part `clip`.
+    Cost: none.
     Laws: clipping twice is clipping once. Degenerate: none.
 
     Args:
@@ -101,6 +103,7 @@ def whiten(
 
     Source: as in the PPO code of ReFT, arXiv 2401.08967 (batch, eps 1e-8 inside); CAPO, 2508.02298 (group).
     Reads: nothing more. Scope: `over`. Unit: each part keeps its own; the mean taken off is the part `baseline`.
+    Cost: none.
     Laws: the sum over the tokens is 0; adding a constant to every advantage changes nothing. Returns are not touched.
     Degenerate: equal advantages give exactly 0; a group of one trajectory gives 0 (`over="group"`).
 

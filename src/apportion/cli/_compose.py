@@ -140,15 +140,15 @@ def _function(node: ast.expr) -> Callable[..., Any]:
         case ast.Name(id=name):
             raise UserError(f"there is no credit method {name!r}. {nearest(name, known)} See: apportion methods")
         case ast.Attribute(value=ast.Name(id=name), attr=variant) if name in known:
-            variants = variants(known[name])
-            if variant in variants:
-                return variants[variant]
-            hint = nearest(variant, variants) if variants else "It has none."
+            own = dialects_of(known[name])
+            if variant in own:
+                return own[variant]
+            hint = nearest(variant, own) if own else "It has none."
             raise UserError(f"{name} has no variant {variant!r}. {hint}")
     raise UserError(f"--credit may call exported names of apportion.credit only; got {ast.unparse(node)!r:.200}.")
 
 
-def variants(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def dialects_of(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The dialects of a function by name."""
     own = vars(function) if hasattr(function, "__dict__") else {}
     return {name: f for name, f in own.items() if not name.startswith("_") and bound(f) is not None}

@@ -6,7 +6,7 @@ from typing import Any
 
 from apportion import credit
 from apportion.cli._app import call, console, print_json
-from apportion.cli._compose import bound, exported, kind_of, variants
+from apportion.cli._compose import bound, dialects_of, exported, kind_of
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +49,7 @@ def _row(name: str) -> dict[str, Any]:
         "about": doc.partition("\n")[0],
         "cost": _field(doc, "Cost"),
         "source": _field(doc, "Source"),
-        "dialects": sorted(variants(function)),
+        "dialects": sorted(dialects_of(function)),
         "expression": repr(made) if made else None,
     }
 

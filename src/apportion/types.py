@@ -176,13 +176,17 @@ class Rollouts:
     def span_ids(self, name: str) -> Int[Tensor, "B T"]:
         """Which span of the named set covers each position; -1 where none does."""
         spans = self.spans[name]
-        out = torch.full((self.batch, self.width), -1, dtype=torch.int64, device=self.device)
-        sizes = spans.stop - spans.start
-        which = torch.repeat_interleave(torch.arange(len(spans), device=self.device), sizes)
-        first = torch.cumsum(sizes, 0) - sizes
-        offset = torch.arange(len(which), device=self.device) - first[which]
-        out[spans.row[which], spans.start[which] + offset] = which
-        return out
+        which = (spans.stop > spans.start).nonzero()[:, 0]
+        start = spans.row[which] * self.width + spans.start[which]
+        if bool((start[1:] < start[:-1]).any()):
+            start, order = start.sort()
+            which = which[order]
+        stop = start + (spans.stop - spans.start)[which]
+        ids, sizes = start.new_full((2, 2 * len(which) + 1), -1).unbind()  # gap, span, gap, ..., span, gap
+        ids[1::2], sizes[1::2] = which, stop - start
+        sizes[0::2] = torch.cat([start, start.new_tensor([self.batch * self.width])])
+        sizes[2::2] -= stop
+        return torch.repeat_interleave(ids, sizes, output_size=self.batch * self.width).view(self.batch, self.width)
 
     def unit_ids(self, unit: str) -> Int[Tensor, "B T"]:
         """The index, at the given unit, that each position belongs to; -1 where it belongs to none."""
@@ -201,11 +205,12 @@ class Rollouts:
         """The signal's value at each position; 0 at positions outside every span of a span signal."""
         if signal.unit == "token":
             return signal.values
+        if signal.unit in ("batch", "group", "trajectory"):
+            rows = self.unit_ids(signal.unit)[:, :1]
+            return signal.values[rows].expand(self.batch, self.width, *signal.values.shape[1:])
         ids = self.unit_ids(signal.unit)
-        if signal.values.shape[0] == 0:
-            return signal.values.new_zeros((*ids.shape, *signal.values.shape[1:]))
-        inside = (ids >= 0).view(*ids.shape, *[1] * (signal.values.dim() - 1))
-        return torch.where(inside, signal.values[ids.clamp(min=0)], torch.zeros_like(signal.values[:1]))
+        table = torch.cat([signal.values, signal.values.new_zeros(1, *signal.values.shape[1:])])  # [-1] is 0
+        return torch.take(table, ids) if table.dim() == 1 else table[ids]
 
     def units(self, unit: str) -> int:
         """How many values a signal of this unit has along its first axis (B for "token")."""

@@ -49,7 +49,7 @@ def test_a_misspelt_setting_is_answered_with_the_right_one():
 
 
 def test_a_wrong_value_is_answered_with_the_choices():
-    with pytest.raises(ValueError, match=r"needs baseline to be 'mean' or 'leave_one_out' or 'none'; got 'meen'\. Did"):
+    with pytest.raises(ValueError, match=r"baseline to be 'mean' or 'leave_one_out' or .* 'none'; got 'meen'\. Did"):
         group_relative(baseline="meen")
     with pytest.raises(TypeError, match="group_relative needs eps to be float; got '1'"):
         group_relative(eps="1")

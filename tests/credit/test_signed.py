@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from apportion import Rollouts, chain, nsr, psr, scale_by_sign, signed_outcome, w_reinforce
+from apportion.losses import Outputs, PolicyGradient, totals_of
 
 NAN = float("nan")
 
@@ -37,12 +39,52 @@ def test_the_two_sides_add_up_to_reinforce():
     assert (w_reinforce(three(), positive=1.0).advantages == signed_outcome(three()).advantages).all()
 
 
-def test_nsr_returns_mass_in_proportion_to_the_prior():
+def logit_direction(method, outcome: float) -> torch.Tensor:
     """Ascent direction on the logits at ratio 1, p = .6, .3, .1, token 0 sampled: A (onehot - p)."""
     logits = torch.tensor([0.6, 0.3, 0.1]).log().requires_grad_()
-    r = Rollouts.from_lists([[0]], [0], outcome=[0.0])
-    (nsr(r).advantages[0, 0] * logits.log_softmax(0)[0]).backward()
-    torch.testing.assert_close(logits.grad, torch.tensor([-0.4, 0.3, 0.1]))
+    r = Rollouts.from_lists([[0]], [0], outcome=[outcome])
+    (method(r).advantages[0, 0] * logits.log_softmax(0)[0]).backward()
+    return logits.grad
+
+
+def test_nsr_returns_mass_in_proportion_to_the_prior():
+    torch.testing.assert_close(logit_direction(nsr(), 0.0), torch.tensor([-0.4, 0.3, 0.1]))
+    torch.testing.assert_close(logit_direction(psr(), 1.0), torch.tensor([0.4, -0.3, -0.1]))
+
+
+@pytest.mark.parametrize("probabilities", [[0.6, 0.3, 0.1], [0.05, 0.6, 0.25, 0.1]])
+def test_one_step_of_nsr_raises_the_others_as_their_probabilities(probabilities):
+    """A small step along the gradient of the loss itself, and what it changed."""
+    logits = torch.tensor(probabilities, dtype=torch.float64).log().requires_grad_()
+    r = Rollouts.from_lists([[0]], [0], outcome=[0.0], dtype=torch.float64)
+    credit = nsr(r)
+    new = logits.log_softmax(0)[:1].view(1, 1)
+    value, _ = PolicyGradient()(Outputs(new), r, credit, totals_of(r, credit))
+    value.backward()
+    rise = -1e-3 * logits.grad / torch.tensor(probabilities, dtype=torch.float64)
+    assert rise[0] < 0
+    torch.testing.assert_close(rise[1:], torch.full_like(rise[1:], 1e-3))
+
+
+def test_the_policy_loss_gives_the_worked_losses():
+    """At ratio 1, token mean; the mask decides over how many tokens."""
+    r = three(torch.float64)
+
+    def token_mean(credit):
+        return float(PolicyGradient()(Outputs(torch.full((3, 3), -1.0).double()), r, credit, totals_of(r, credit))[0])
+
+    kept = {m: chain(signed_outcome(), m) for m in (scale_by_sign(positive=0.0), scale_by_sign(negative=0.0))}
+    got = [token_mean(m(r)) for m in (w_reinforce(), psr(), nsr(), *kept.values())]
+    assert got == pytest.approx([0.633333, -1.0, 1.0, 0.666667, -0.333333], abs=1e-6)
+    assert token_mean(signed_outcome(r)) == pytest.approx(0.666667 - 0.333333, abs=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 0.7, 1.0])
+def test_lambda_interpolates_linearly(weight):
+    r = three(torch.float64)
+    torch.testing.assert_close(
+        w_reinforce(r, positive=weight).advantages, nsr(r).advantages + weight * psr(r).advantages
+    )
 
 
 def test_all_correct_is_an_empty_batch():

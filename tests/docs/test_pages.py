@@ -23,7 +23,7 @@ def test_examples(page):
     for block in examples(page):
         test = doctest.DocTestParser().get_doctest(block, globs, page.name, str(page), 0)
         failures: list[str] = []
-        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(
+        doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE).run(
             test, out=failures.append, clear_globs=False
         )
         assert not failures, "".join(failures)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apportion.functional import group_statistics, masked_whiten
+from apportion.functional import group_statistics, row_moments
 
 ZERO = torch.zeros(16, dtype=torch.int64)
 
@@ -66,15 +66,42 @@ def test_statistics_match_the_textbook(xs, ddof):
         torch.testing.assert_close(s.spread(ddof, 0.0, "std"), x.std(correction=ddof)[None], rtol=1e-6, atol=1e-9)
 
 
-def test_masked_whiten_of_one_response():
+def whitened(x: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
+    m = row_moments(torch.where(mask, x, 0.0), mask, ZERO[: len(x)], 1)
+    return torch.where(mask, (x - m.low - m.mean) / m.spread(1, eps, "var"), 0.0)
+
+
+def test_moments_of_the_rows_of_one_response():
     """The advantages of a worked PPO example (2406.09279), whitened with eps 1e-6 inside the root."""
     x = torch.tensor([[1.003889, 0.956725, 0.575500, 0.290000, 99.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, True, True, False]])
     want = torch.tensor([[0.881106, 0.741356, -0.388249, -1.234212, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(masked_whiten(x, mask, eps=1e-6), want, rtol=0, atol=5e-6)
+    torch.testing.assert_close(whitened(x, mask, eps=1e-6), want, rtol=0, atol=5e-6)
 
 
-def test_masked_whiten_of_nothing_one_and_equals():
-    x = torch.tensor([[0.99, 0.99, torch.nan]])
-    for mask in ([[False] * 3], [[True, False, False]], [[True, True, False]]):
-        assert (masked_whiten(x, torch.tensor(mask)) == 0).all()
+def test_moments_of_rows_with_nothing_one_or_equals():
+    x = torch.tensor([[0.99, 0.99, 0.99], [0.99, 0.99, 0.99]])
+    for mask in ([[False] * 3] * 2, [[True, False, False], [False] * 3], [[True] * 3, [False, True, True]]):
+        assert (whitened(x, torch.tensor(mask), eps=1e-8) == 0).all()
+
+
+@given(st.lists(st.lists(st.one_of(st.none(), st.floats(-9, 9)), min_size=4, max_size=4), max_size=6), st.data())
+def test_row_moments_are_those_of_the_members(rows, data):
+    ids = torch.tensor([data.draw(st.integers(0, 2)) for _ in rows], dtype=torch.int64)
+    x = torch.tensor([[v or 0.0 for v in row] for row in rows], dtype=torch.float64).reshape(-1, 4)
+    mask = torch.tensor([[v is not None for v in row] for row in rows], dtype=torch.bool).reshape(-1, 4)
+    got = row_moments(x, mask, ids, 3)
+    want = group_statistics(x.flatten(), torch.where(mask, ids[:, None], -1).flatten(), 3)
+    assert torch.equal(got.count, want.count)
+    assert torch.equal(got.flat, want.flat)
+    torch.testing.assert_close(got.low + got.mean, want.low + want.mean, rtol=1e-12, atol=1e-12)
+    spreads = [m.spread(1, 1e-3, "std") for m in (got, want)]
+    torch.testing.assert_close(*spreads, rtol=1e-9, atol=1e-12)
+
+
+def test_a_floor_under_the_variance():
+    """Members 0 and 1: population variance 1/4, above a floor of 0.04 and below one of 4."""
+    s = group_statistics(torch.tensor([0.0, 1.0]), ZERO[:2], 1)
+    assert s.spread(0, 0.04, "floor").item() == 0.5
+    assert s.spread(0, 4.0, "floor").item() == 2.0
+    assert group_statistics(torch.tensor([1.0, 1.0]), ZERO[:2], 1).spread(0, 4.0, "floor").isinf().all()

@@ -7,103 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apportion import (
-    Credit,
-    Estimator,
-    Rollouts,
-    Signal,
-    add,
-    capo,
-    chain,
-    clip,
-    credit,
-    gae,
-    group_relative,
-    grpo,
-    nsr,
-    partition,
-    process_min,
-    process_penalty,
-    scale_by_sign,
-    signed_outcome,
-    tempo,
-    w_reinforce,
-    whiten,
-)
+from apportion import Signal, credit
+from laws.every import EXPORTED, METHODS, SEEDS, SETTINGS, TRANSFORMED, alone, batch_for, methods, quiet, same, size
 from reference.batches import padded, random_batch, with_outcome
 
-EXPORTED = {name: getattr(credit, name) for name in credit.__all__}
-METHODS = {n: f() for n, f in EXPORTED.items() if getattr(f, "role", None) in ("estimator", "alias")}
-TRANSFORMED = {
-    f"{first.name} then {n}": chain(first, f())
-    for n, f in EXPORTED.items()
-    if getattr(f, "role", None) == "transform"
-    for first in (grpo(), gae(), process_penalty())
-}
-SETTINGS = [
-    *(group_relative(unit=u) for u in ("token", "step", "half")),
-    *(group_relative(scale=s, baseline="leave_one_out") for s in ("leave_one_out_std", "batch_std", "mean", None)),
-    group_relative(reward="process", unit="step", pool="all"),
-    group_relative(baseline="none", scale=None),
-    group_relative(eps=0.0, ddof=0, eps_inside="var"),
-    *(capo(vote=v) for v in ("majority", "union", "average")),
-    gae(over="step", kl_coef=0.1, gamma=0.9),
-    gae(reward="process"),
-    process_min(temperature=None),
-    process_min(baseline="step", unmeasured="process"),
-    process_min(baseline="token", coef=0.0, gamma=0.9),
-    tempo(scale=None),
-    chain(gae(), whiten(), clip(limit=1.0)),
-    chain(process_penalty(), scale_by_sign(positive=0.5, drop_zero=True), whiten(over="group")),
-    add((1.0, grpo()), (0.5, nsr()), (-2.0, capo())),
-    partition({"half": chain(signed_outcome(), clip(limit=0.5)), "step": w_reinforce()}),
-]
-EVERY = {**METHODS, **TRANSFORMED, **{repr(e): e for e in SETTINGS}}
-
-methods = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 tried = settings(max_examples=6, deadline=None)
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-def batch_for(method: Estimator, seed: int, **how) -> Rollouts:
-    """A random batch; for a partition its two span sets are made disjoint."""
-    r = random_batch(seed, **how)
-    if method.name != "partition":
-        return r
-    half = r.spans["half"]
-    late = half.index == 1
-    columns = {f.name: getattr(half, f.name) for f in fields(half)}
-    pick = {k: None if v is None else v[late] for k, v in columns.items()}
-    keep = {k: None if v is None else v[~late] for k, v in columns.items()}
-    signals = {k: v for k, v in r.signals.items() if v.unit != "step"}
-    spans = {**r.spans, "half": replace(half, **keep), "step": replace(half, **pick)}
-    return r.replace(spans=spans, signals=signals)
-
-
-def quiet(r: Rollouts) -> Rollouts:
-    """The batch as if every measurement but the outcome had found 0."""
-    return r.replace(signals={k: replace(v, values=torch.zeros_like(v.values)) for k, v in r.signals.items()})
-
-
-def alone(r: Rollouts) -> Rollouts:
-    """The batch with every trajectory in a group of its own; what continued another's span begins anew."""
-    spans = {}
-    for name, s in r.spans.items():
-        if s.parent is not None:
-            own = r.trajectory_ids[s.row[s.parent]] == r.trajectory_ids[s.row]
-            s = replace(s, parent=torch.where(own, s.parent, -1))
-        spans[name] = s
-    grouped = {k: replace(v, values=v.values[r.trajectory_groups]) for k, v in r.signals.items() if v.unit == "group"}
-    return r.replace(group_ids=r.trajectory_ids, spans=spans, signals={**r.signals, **grouped})
-
-
-def same(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
-def size(c: Credit, r: Rollouts) -> float:
-    """The largest part anywhere: what rounding is relative to."""
-    return max([1.0, *(float(v.values.abs().max()) for v in c.parts.values() if v.values.numel())])
 
 
 @methods
@@ -165,7 +73,8 @@ def test_what_lies_outside_the_scope_is_irrelevant(method, seed):
     """The credit of a group (of a trajectory, for scope "row") is the same without the rest of the batch."""
     r = batch_for(method, seed)
     if method.scope == "batch":
-        assert any(word in repr(method) for word in ("whiten()", "batch_std")), "why would it need the whole batch?"
+        words = ("whiten(", "batch_std", "gpg", "penalise_certainty", "weigh_by_duration")
+        assert any(word in repr(method) for word in words), "why would it need the whole batch?"
         return
     c, ids = method(r), r.group_ids if method.scope == "group" else r.trajectory_ids
     for one in ids.unique():
@@ -315,6 +224,8 @@ def test_the_smallest_group_that_can_speak(method):
         spoken |= bool((method(r).advantages != 0).any())
     if method.name == "add":
         assert method.needs_group_of == 2, "of its terms, grpo and capo would be silent"
+    elif "penalise_certainty" in repr(method) and "skip_zero_groups=True" not in repr(method):
+        assert spoken, "the penalty speaks where the rewards are silent"
     else:
         assert spoken == (method.needs_group_of == 1)
 
@@ -330,8 +241,17 @@ def test_declared_laws_are_those_of_the_papers():
     for name in ("grpo", "dr_grpo", "rloo", "capo", "tempo"):
         assert set(METHODS[name].laws) == {"shift", "equal"}, name
     assert METHODS["pure"].laws == ("shift",)
-    for name in ("nsr", "psr", "w_reinforce", "gae"):
+    for name in ("nsr", "psr", "w_reinforce", "gae", "tp_grpo"):
         assert METHODS[name].laws == (), name
+    assert set(METHODS["oprl"].laws) == {"shift", "equal", "scale"}
+    assert (METHODS["gigpo"].laws, METHODS["calm"].laws) == (("scale",), ("linear",))
+    assert METHODS["vapo"].laws == METHODS["ma_rlhf"].laws == ()
+    assert set(METHODS["returns_to_go"].laws) == {"additive", "linear"}
+    assert METHODS["optimal_token_baseline"].laws == ("linear",)
+    assert set(METHODS["process_implicit"].laws) == {"shift", "equal", "linear"}
+    assert (METHODS["ucas"].laws, METHODS["mle_agents"].laws) == (("shift",), ())
+    assert (set(METHODS["hicra"].laws), set(METHODS["attention_rhythm"].laws)) == ({"shift", "equal"},) * 2
+    assert METHODS["clip_delta"].laws == ("additive", "linear")
 
 
 def test_signal_units_of_the_parts():
@@ -341,4 +261,14 @@ def test_signal_units_of_the_parts():
     assert units["pure"] == {"outcome": "trajectory", "process": "token", "baseline": "trajectory"}
     assert units["tempo"] == {"outcome": "trajectory", "branch": "token"}
     assert units["gae"] == {"outcome": "token", "values": "token"}
+    assert units["gigpo"] == {"turn_reward": "trajectory", "state": "turn"}
+    assert units["oprl"] == {"outcome": "trajectory", "log_ratio": "turn"}
+    assert units["calm"] == {"turn_reward": "turn", "subgoal": "turn"}
+    assert units["tp_grpo"] == {"outcome": "trajectory", "label": "step"}
+    assert units["ma_rlhf"] == {"outcome": "macro", "kl": "macro", "values": "macro"}
+    assert units["reinforce_plus_plus"] == {"outcome": "trajectory", "baseline": "batch"}
+    assert units["prime"] == {"outcome": "trajectory", "log_ratio": "token", "baseline": "batch"}
+    assert units["ucas"] == {"outcome": "token", "certainty": "token"}
+    assert units["hicra"] == {"outcome": "trajectory", "planning": "token"}
+    assert units["clip_delta"] == {"outcome": "trajectory", "process": "token"}
     assert isinstance(METHODS["grpo"](r).parts["outcome"], Signal)

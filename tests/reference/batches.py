@@ -79,6 +79,7 @@ def _with_more(rng: Random, r: Rollouts, maybe: Callable[..., float], dtype: tor
         return lambda: maybe(float(rng.random() < rate), chance)
 
     r = r.with_spans(turn=_turns(rng, r), budget=_budgets(rng, r), branch=_branches(rng, r), attempt=_attempts(r))
+    r = r.with_spans(macro=_macros(r))
     summary = r.spans["budget"].parent >= 0
     score = signal("budget", flag(0.5))
     return r.with_signals(
@@ -132,23 +133,29 @@ def _turns(rng: Random, r: Rollouts) -> Spans:
 
 
 def _budgets(rng: Random, r: Rollouts) -> Spans:
-    """Thinking segments (parent -1, index = budget) in the first row; summaries (children) behind them or in later rows."""
+    """Thinking segments (parent -1, index = budget) in the first row; summaries (children) behind them or in later rows.
+
+    The last segment is summarised first, so that most budgets have a score.
+    """
     out: list[tuple[int, int, int, int, int, int]] = []
     for rows in _in_time(r):
-        first, segments = len(out), 0
+        first, segments, unseen = len(out), 0, 0
         for place, b in enumerate(rows):
             for k, (s, e) in enumerate(_cut(rng, int(r.lengths[b]), 4)):
                 if place == 0 and k < 3 and (k == 0 or rng.random() < 0.7) and segments == len(out) - first:
                     out.append((b, s, e, segments, 0, -1))
-                    segments += 1
+                    segments = unseen = segments + 1
                 else:
-                    under = rng.randrange(segments)
+                    under, unseen = rng.randrange(segments) if not unseen else unseen - 1, max(unseen - 1, 0)
                     out.append((b, s, e, under, 0, first + under))
     return _from_rows(out)
 
 
 def _branches(rng: Random, r: Rollouts) -> Spans:
-    """A tree for each group: a trajectory is a chain of edges; its last is a leaf, its first continues another's inner edge."""
+    """A tree for each group: a trajectory is a chain of edges; its last is a leaf, its first continues another's inner edge.
+
+    What an unmeasured trajectory begins nobody continues, so that the tree stays the same without it.
+    """
     out: list[tuple[int, int, int, int, int, int]] = []
     inner: dict[int, list[int]] = {}
     for rows in _in_time(r):
@@ -159,7 +166,7 @@ def _branches(rng: Random, r: Rollouts) -> Spans:
             depth = 0 if parent < 0 else out[parent][3] + 1
             out.append((b, s, e, depth, 0, parent))
             parent = len(out) - 1
-            if k + 1 < len(chain):
+            if k + 1 < len(chain) and not math.isnan(r.signals["outcome"].values[r.trajectory_ids[b]]):
                 mine.append(parent)
     return _from_rows(out)
 
@@ -172,6 +179,23 @@ def _attempts(r: Rollouts) -> Spans:
         cut = [(rows[0], 0, lengths[0] // 2), (rows[0], lengths[0] // 2, lengths[0])]
         cut = cut if len(rows) == 1 else [(b, 0, n) for b, n in zip(rows, lengths, strict=True)]
         out += [(b, s, e, i, 0, -1) for i, (b, s, e) in enumerate(cut)]
+    return _from_rows(out)
+
+
+def _macros(r: Rollouts) -> Spans:
+    """Two actions each, or one at the end of an unbroken run of actions."""
+    out = []
+    for rows in _in_time(r):
+        index = 0
+        for b in rows:
+            t = 0
+            while t < int(r.lengths[b]):
+                size = 1 + bool(t + 1 < int(r.lengths[b]) and r.action_mask[b, t + 1])
+                if r.action_mask[b, t]:
+                    out.append((b, t, t + size, index, 0, -1))
+                    index, t = index + 1, t + size
+                else:
+                    t += 1
     return _from_rows(out)
 
 

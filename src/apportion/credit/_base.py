@@ -219,17 +219,16 @@ def alias(function: Callable[P, Estimator]) -> EstimatorFunction[P]:
     return cast(EstimatorFunction[P], _marked(compose_or_run, "alias"))
 
 
-def dialect(of: Any) -> Callable[[Callable[P, Estimator]], EstimatorFunction[P]]:
+def dialect(of: Any) -> Callable[[Callable[P, Estimator]], Callable[P, Estimator]]:
     """Make a named variant `of.name()` of an estimator: the settings with which it gives a peer's own numbers.
 
     `f(*, settings) -> Estimator`; the variant prints as the settings it stands for. On the command line and in a
-    composition it is written `group_relative.trl()`.
+    composition it is written `group_relative.trl()`; it is no method of its own, so the function comes back undecorated.
     """
 
-    def decorate(function: Callable[P, Estimator]) -> EstimatorFunction[P]:
-        made = alias(function)
-        setattr(of, function.__name__, made)
-        return made
+    def decorate(function: Callable[P, Estimator]) -> Callable[P, Estimator]:
+        setattr(of, function.__name__, alias(function))
+        return function
 
     return decorate
 
@@ -246,9 +245,12 @@ def assemble(
     notes: Mapping[str, float] | None = None,
 ) -> Credit:
     """Credit whose advantage is the sum of its parts at each position of the mask, and 0 elsewhere."""
-    total = torch.zeros(rollouts.action_mask.shape, dtype=torch.float64, device=rollouts.device)
-    for part in parts.values():
-        total = total + rollouts.at_tokens(part)
+    of_unit: dict[str, Tensor] = {}
+    for part in parts.values():  # parts of one unit are added before they are spread over positions
+        of_unit[part.unit] = of_unit[part.unit] + part.values if part.unit in of_unit else part.values.double()
+    total = torch.zeros((), dtype=torch.float64, device=rollouts.device)
+    for unit, values in of_unit.items():
+        total = total + rollouts.at_tokens(Signal(values, unit))
     return Credit(torch.where(mask, total, 0.0), mask, parts, returns, notes or {})
 
 
@@ -286,6 +288,21 @@ def span_values(rollouts: Rollouts, name: str, spans: str, axes: int, needed_by:
             f"and shape {list(signal.values.shape)}. Measure it over these spans, or name others."
         )
     return signal.values.double()
+
+
+def token_values(rollouts: Rollouts, name: str, needed_by: str) -> Tensor:
+    """The values [B, T] of a token signal, in the dtype they were measured in.
+
+    Raises:
+        ValueError: the signal has another unit or more axes.
+    """
+    signal = rollouts.signals[name]
+    if signal.unit != "token" or signal.values.dim() != 2:
+        raise ValueError(
+            f"{needed_by} needs signals[{name!r}] with one number per token; got unit {signal.unit!r} and shape "
+            f"{list(signal.values.shape)}. Measure it at tokens, or name another signal."
+        )
+    return signal.values
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from apportion.credit._base import Estimator, Settings, alias, assemble, estimator, measured_mask
-from apportion.functional import EpsInside, GroupStatistics, at_members, group_statistics
+from apportion.functional import EpsInside, GroupStatistics, at_members, group_statistics, segment_sum
 from apportion.types import Cover, Credit, Rollouts, Signal
 
-Baseline = Literal["mean", "leave_one_out", "none"]
+Baseline = Literal["mean", "leave_one_out", "length_weighted", "none"]
 Scale = Literal["std", "leave_one_out_std", "batch_std", "mean"]
 _UNITS = ("trajectory", "token")
 
@@ -49,6 +50,7 @@ def group_relative(
     ddof: int = 1,
     eps: float = 1e-6,
     eps_inside: EpsInside = "std",
+    flat: Literal["zero", "unscaled"] = "zero",
     singleton: Literal["zero", "raw", "error"] = "zero",
     pool: Literal["index", "all"] = "index",
 ) -> Credit:
@@ -56,25 +58,31 @@ def group_relative(
 
     `A_u = (x_u - baseline) / (scale + eps)` over the measured members u of a group.
 
-    Source: GRPO, arXiv 2402.03300; without the deviation, Dr. GRPO, 2503.20783; leave-one-out, 2402.14740.
+    Source: GRPO, arXiv 2402.03300; without the deviation, Dr. GRPO, 2503.20783; leave-one-out, 2402.14740; weighted by
+        length, OPO, 2505.23585; divided by the mean, MaxRL, 2602.02710. What other trainers compute: `.trl()`, `.verl()` ...
         Departs: equal rewards give exactly 0 also when they are not representable in binary.
     Reads: signals[reward], spans[unit]. Scope: group, or batch for `scale="batch_std"`. Unit: `unit`.
     Cost: none beyond the rollouts.
     Laws: adding a constant to the rewards of a group changes nothing (not for `baseline="none"` or `scale="mean"`);
-        with `baseline="mean"` the advantages of a group's members sum to 0.
+        with `baseline="mean"` the advantages of a group's members sum to 0, with "length_weighted" those of its actions.
     Degenerate: a group with one measured member gets 0 (`singleton`) if members are compared; equal rewards 0 if a
-        baseline or a scale is used; an unmeasured trajectory advantage 0 and mask False; an unmeasured span or token 0,
-        counted in notes; an empty response counts in the statistics, since its reward was measured.
+        baseline or a scale is used; a mean reward not above 0 gives 0 (`scale="mean"`, `flat`); an unmeasured
+        trajectory advantage 0 and mask False; an unmeasured span or token 0, counted in notes; an empty response counts
+        in the statistics, since its reward was measured.
 
     Args:
         rollouts: the batch.
         reward: name of the signal. One coarser than `unit` is given to each member (a token then weighs like any other).
         unit: what is compared: "trajectory", "token" (all tokens of the group together), or the name of a span set.
-        baseline: "mean" of the group, mean of the others ("leave_one_out"), or "none".
+        baseline: "mean" of the group, mean of the others ("leave_one_out"), mean in which each member weighs as much as
+            it has actions ("length_weighted"), or "none".
         scale: deviation of the group, of the others, of all rewards of the batch, the group's mean reward, or None.
         ddof: 1 for the sample deviation, 0 for the population's.
         eps: added to the scale.
-        eps_inside: "std" for `std + eps`, "var" for `sqrt(var + eps)`. `scale="mean"` always adds outside.
+        eps_inside: "std" for `std + eps`, "var" for `sqrt(var + eps)`, "floor" for `sqrt(max(var, eps))`. `scale="mean"`
+            always adds outside.
+        flat: where there is nothing to divide by (those whose deviation is taken are equal or too few, or their mean is
+            not above 0), the advantage is 0 ("zero") or what is above the baseline ("unscaled").
         singleton: a group with one measured member gets 0 ("zero"), its reward itself ("raw"), or an error.
         pool: spans of equal `index` in the group are compared ("index"), or all spans of the group ("all").
 
@@ -95,11 +103,11 @@ def group_relative(
             f"group_relative needs two measured members in a group; {int(alone.sum())} of {groups} have one. "
             'Sample more, or set singleton="zero".'
         )
-    above = _above_baseline(stats, values, baseline)
-    advantage = above / _scale(stats, values, scale, ddof, eps, eps_inside)
-    kept = torch.where(stats.measured, values, 0.0) if singleton == "raw" else torch.zeros_like(advantage)
-    advantage = torch.where(at_members(alone.double(), stats.ids).bool(), kept, advantage)
-    part = Signal(torch.where(stats.measured, advantage, 0.0).view(_unit_shape(rollouts, unit)), unit)
+    actions = _actions_in(rollouts, unit) if baseline == "length_weighted" else None
+    above = above_baseline(stats, values, baseline, actions)
+    advantage = above / scale_of(stats, values, scale, ddof, eps, eps_inside, flat)
+    advantage = unless_alone(advantage, values, stats, alone, singleton)
+    part = Signal(advantage.view(_unit_shape(rollouts, unit)), unit)
     mask = measured_mask(rollouts, _measured_trajectories(rollouts, reward))
     return assemble(rollouts, mask, {reward: part}, notes=_notes(stats))
 
@@ -128,8 +136,10 @@ def _members(rollouts: Rollouts, reward: str, unit: str, pool: str) -> tuple[Ten
 
 def _token_values(rollouts: Rollouts, signal: Signal) -> Tensor:
     """The signal at every position; NaN at positions outside every span of a span signal."""
-    outside = rollouts.unit_ids(signal.unit) < 0 if signal.unit in rollouts.spans else torch.zeros((), dtype=torch.bool)
-    return torch.where(outside.to(rollouts.device), torch.nan, rollouts.at_tokens(signal).double())
+    values = rollouts.at_tokens(signal).double()
+    return (
+        torch.where(rollouts.unit_ids(signal.unit) < 0, torch.nan, values) if signal.unit in rollouts.spans else values
+    )
 
 
 def _coarse(rollouts: Rollouts, reward: str, unit: str) -> Tensor:
@@ -147,18 +157,41 @@ def _coarse(rollouts: Rollouts, reward: str, unit: str) -> Tensor:
     )
 
 
-def _above_baseline(stats: GroupStatistics, values: Tensor, baseline: str) -> Tensor:
+def _actions_in(rollouts: Rollouts, unit: str) -> Tensor:
+    """How many actions each member has."""
+    if unit == "token":
+        return torch.ones(rollouts.action_mask.numel(), dtype=torch.float64, device=rollouts.device)
+    if unit == "trajectory":
+        return segment_sum(rollouts.action_mask.sum(1).double(), rollouts.trajectory_ids, rollouts.num_trajectories)
+    spans = rollouts.spans[unit]
+    before = pad(rollouts.action_mask.cumsum(1), (1, 0))
+    return (before[spans.row, spans.stop] - before[spans.row, spans.start]).double()
+
+
+def above_baseline(stats: GroupStatistics, values: Tensor, baseline: str, actions: Tensor | None = None) -> Tensor:
+    """What each member got above the baseline of its group, weighted by `actions` if they are given."""
     if baseline == "none":
         return values
+    if actions is not None:
+        groups = len(stats.count)
+        weight = segment_sum(actions, stats.ids, groups)
+        mean = segment_sum(actions * stats.y, stats.ids, groups) / weight.clamp(min=1)
+        return stats.y - at_members(mean, stats.ids)
     above = stats.y - at_members(stats.mean, stats.ids)
     n = at_members(stats.count, stats.ids)
     return above * n / (n - 1).clamp(min=1) if baseline == "leave_one_out" else above
 
 
-def _scale(
-    stats: GroupStatistics, values: Tensor, scale: str | None, ddof: int, eps: float, eps_inside: EpsInside
+def scale_of(
+    stats: GroupStatistics,
+    values: Tensor,
+    scale: str | None,
+    ddof: int,
+    eps: float,
+    eps_inside: EpsInside = "std",
+    flat: str = "zero",
 ) -> Tensor:
-    """The divisor of each member; +inf, hence advantage 0, where all members are equal."""
+    """The divisor of each member; where there is none +inf, hence advantage 0, or 1 for `flat="unscaled"`."""
     if scale is None:
         return torch.ones_like(stats.y)
     if scale == "std":
@@ -170,8 +203,15 @@ def _scale(
         divisor = group_statistics(values, everyone, 1).spread(ddof, eps, eps_inside)
     else:
         mean = stats.low + stats.mean
-        divisor = at_members(torch.where(stats.flat | (mean + eps == 0), torch.inf, mean + eps), stats.ids)
-    return divisor
+        divisor = at_members(torch.where(stats.flat | (mean + eps <= 0), torch.inf, mean + eps), stats.ids)
+    return divisor if flat == "zero" else torch.where(divisor.isinf(), 1.0, divisor)
+
+
+def unless_alone(advantage: Tensor, values: Tensor, stats: GroupStatistics, alone: Tensor, singleton: str) -> Tensor:
+    """The advantage of measured members; the only one of its group has its value ("raw") or 0, an unmeasured one 0."""
+    kept = values if singleton == "raw" else torch.zeros_like(values)
+    chosen = torch.where(at_members(alone, stats.ids), kept, advantage)
+    return torch.where(stats.measured, chosen, 0.0)
 
 
 def _unit_shape(rollouts: Rollouts, unit: str) -> tuple[int, ...]:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from apportion.credit._base import Estimator, alias, assemble, estimator, measured_mask, trajectory_values
 from apportion.credit._line import Line, action_line
-from apportion.functional import EpsInside, at_members, group_statistics, prefix_values, segment_count, shrinks
+from apportion.functional import (
+    EpsInside,
+    at_members,
+    group_statistics,
+    longest_shared,
+    prefix_values,
+    segment_count,
+    shrinks,
+)
 from apportion.types import Credit, Rollouts, Signal
 
 
@@ -54,33 +62,47 @@ def prefix_td(
     divisor = stats.spread(ddof, eps, eps_inside) if scale else torch.ones_like(stats.low)
     divisor = torch.where(stats.count < 2, torch.inf, divisor)
     line = action_line(rollouts)
-    change, branch = _value_changes(rollouts, line, torch.where(stats.measured, stats.y, torch.nan))
+    change, notes = _value_changes(rollouts, line, torch.where(stats.measured, stats.y, torch.nan), divisor)
     above = (stats.y - at_members(stats.mean, stats.ids)) / at_members(divisor, rollouts.trajectory_groups)
     parts = {
         reward: Signal(torch.where(stats.measured, above, 0.0), "trajectory"),
-        "branch": Signal(line.put(change) / divisor[rollouts.group_ids][:, None], "token"),
+        "branch": Signal(change, "token"),
     }
-    notes = {
-        "branch_tokens": float(branch.double().mean()) if len(branch) else 0.0,
-        "changed_tokens": float((change != 0).double().mean()) if len(change) else 0.0,
-        "singleton_groups": float((stats.count == 1).sum()),
-    }
+    notes["singleton_groups"] = float((stats.count == 1).sum())
     return assemble(rollouts, measured_mask(rollouts, stats.measured), parts, notes=notes)
 
 
-def _value_changes(rollouts: Rollouts, line: Line, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """`V(o_1..t) - V(o_1..t-1)` at each action of the line, and whether it is a branch."""
+def _value_changes(rollouts: Rollouts, line: Line, rewards: Tensor, divisor: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """`(V(o_1..t) - V(o_1..t-1)) / divisor` at each action, [B, T]; and the share of branches and of changes."""
+    out = torch.zeros(rollouts.action_mask.shape, dtype=torch.float64, device=rollouts.device)
+    if not len(line.positions):
+        return out, {"branch_tokens": 0.0, "changed_tokens": 0.0}
+    lengths = segment_count(line.trajectories, rollouts.num_trajectories).long()
+    places, sequences = _parted(rollouts, line, lengths)
+    reach = lengths.clamp(max=sequences.shape[1])
+    values, sharers = prefix_values(sequences, reach, rollouts.trajectory_groups, rewards)
+    inside = torch.arange(sequences.shape[1], device=rollouts.device) < reach[:, None]
+    inside &= ~rewards.isnan()[:, None]
+    change = torch.where(inside, values[:, 1:] - values[:, :-1], 0.0) / divisor[rollouts.trajectory_groups][:, None]
+    out.view(-1)[places[inside]] = change[inside]
+    branch, actions = shrinks(sharers, reach) & inside, len(line.positions)
+    notes = {"branch_tokens": int(branch.sum()) / actions, "changed_tokens": int((change != 0).sum()) / actions}
+    return out, notes
+
+
+def _parted(rollouts: Rollouts, line: Line, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The first actions of each trajectory, so many that no two of a group are alike beyond: positions and tokens, [N, W]."""
     assert rollouts.tokens is not None
-    n = rollouts.num_trajectories
-    lengths = segment_count(line.trajectories, n).long()
-    longest = int(lengths.max()) if n else 0
-    place = torch.arange(len(line.positions), device=rollouts.device) - (lengths.cumsum(0) - lengths)[line.trajectories]
-    sequences = rollouts.tokens.new_zeros(n, longest)
-    sequences[line.trajectories, place] = rollouts.tokens.reshape(-1)[line.positions]
-    values, sharers = prefix_values(sequences, lengths, rollouts.trajectory_groups, rewards)
-    change = (values[:, 1:] - values[:, :-1])[line.trajectories, place]
-    measured = ~rewards.isnan()[line.trajectories]
-    return torch.where(measured, change, 0.0), shrinks(sharers, lengths)[line.trajectories, place] & measured
+    tokens, first, longest = rollouts.tokens.reshape(-1), lengths.cumsum(0) - lengths, int(lengths.max())
+    width = min(64, longest)
+    while True:
+        place = torch.arange(width, device=rollouts.device)
+        inside = place < lengths[:, None]
+        places = line.positions[torch.where(inside, first[:, None] + place, 0)]
+        sequences = torch.where(inside, tokens[places], 0)
+        if width == longest or longest_shared(sequences, lengths.clamp(max=width), rollouts.trajectory_groups) < width:
+            return places, sequences
+        width = min(2 * width, longest)
 
 
 @alias

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from apportion.credit._base import Settings, transform
-from apportion.functional import EpsInside, at_members, group_statistics, segment_count
+from apportion.functional import (
+    EpsInside,
+    Moments,
+    at_members,
+    group_statistics,
+    row_moments,
+    segment_count,
+    segment_sum,
+)
 from apportion.types import Cover, Credit, Rollouts, Signal
 
 
@@ -79,7 +87,7 @@ def _over(s: Settings) -> Cover:
 def _whitened_laws(over: str, before: tuple[str, ...]) -> tuple[str, ...]:
     """One constant in every advantage is taken off again; equal rewards give 0 if they are equal in what is pooled."""
     shift = ("shift",) if {"shift", "additive"} & set(before) else ()
-    equal = ("equal",) if over == "group" and {"equal", "additive"} & set(before) else ()
+    equal = ("equal",) if "equal" in before or (over == "group" and "additive" in before) else ()
     return shift + equal
 
 
@@ -93,26 +101,30 @@ def whiten(
     rollouts: Rollouts,
     *,
     over: Literal["batch", "group"] = "batch",
+    unit: Literal["token", "trajectory"] = "token",
     ddof: int = 1,
     eps: float = 1e-8,
     eps_inside: EpsInside = "var",
 ) -> Credit:
-    """Zero mean and unit variance over all tokens of the mask, of the batch or of each group.
+    """Zero mean and unit variance over the tokens of the mask, or over trajectories, of the batch or of each group.
 
     `A' = (A - mean) / sqrt(var + eps)`, or `/ (std + eps)` for `eps_inside="std"`.
 
-    Source: as in the PPO code of ReFT, arXiv 2401.08967 (batch, eps 1e-8 inside); CAPO, 2508.02298 (group).
+    Source: as in the PPO code of ReFT, arXiv 2401.08967 (batch, eps 1e-8 inside); CAPO, 2508.02298 (group); GDPO,
+        2601.05242 (trajectories of the batch).
     Reads: nothing more. Scope: `over`. Unit: each part keeps its own; the mean taken off is the part `baseline`.
     Cost: none.
-    Laws: the sum over the tokens is 0; adding a constant to every advantage changes nothing. Returns are not touched.
+    Laws: the sum over what is counted is 0; adding a constant to every advantage changes nothing. Returns are not touched.
     Degenerate: equal advantages give exactly 0; a group of one trajectory gives 0 (`over="group"`).
 
     Args:
         credit: what to change. rollouts: the batch.
-        over: which tokens are normalised together; a long response weighs more than a short one.
+        over: what is normalised together.
+        unit: "token" counts every token, so that a long response weighs more than a short one; "trajectory" counts each
+            trajectory once, with the mean of its tokens in the mask (one that has none has no say).
         ddof: 1 for the sample deviation, 0 for the population's.
         eps: keeps the division finite.
-        eps_inside: "var" for `sqrt(var + eps)`, "std" for `std + eps`.
+        eps_inside: "var" for `sqrt(var + eps)`, "std" for `std + eps`, "floor" for `sqrt(max(var, eps))`.
 
     Example:
         >>> from apportion.credit import chain, signed_outcome
@@ -123,19 +135,33 @@ def whiten(
     """
     groups = rollouts.num_groups if over == "group" else 1
     rows = rollouts.group_ids if over == "group" else torch.zeros_like(rollouts.group_ids)
-    ids = torch.where(credit.mask, rows[:, None], -1)
-    stats = group_statistics(credit.advantages.flatten(), ids.flatten(), groups)
+    stats: Moments
+    if unit == "token":
+        stats = row_moments(credit.advantages, credit.mask, rows, groups)
+    else:
+        ids = rollouts.trajectory_groups if over == "group" else torch.zeros_like(rollouts.trajectory_groups)
+        stats = group_statistics(_trajectory_means(credit, rollouts), ids, groups)
     divisor = stats.spread(ddof, eps, eps_inside)
     if over == "group":
         divisor = torch.where(_trajectories_in(credit, rollouts) < 2, torch.inf, divisor)
-    advantages = (stats.y - at_members(stats.mean, stats.ids)) / at_members(divisor, stats.ids)
-    advantages = torch.where(credit.mask, advantages.view(credit.mask.shape), 0.0)
+    mean = stats.low + stats.mean
+    advantages = (credit.advantages - at_members(mean, rows)[:, None]).div_(at_members(divisor, rows)[:, None])
+    advantages = torch.where(credit.mask, advantages, 0.0)
     parts = {k: _divided(v, divisor, over, rollouts) for k, v in credit.parts.items()}
     name = "baseline"
     while name in parts:
         name += "'"
-    parts[name] = Signal(-(stats.low + stats.mean) / divisor, over)
+    parts[name] = Signal(-mean / divisor, over)
     return replace(credit, advantages=advantages, parts=parts)
+
+
+def _trajectory_means(credit: Credit, rollouts: Rollouts) -> Tensor:
+    """The mean advantage of each trajectory over its positions in the mask, [N]; NaN where it has none."""
+    total, count = (
+        segment_sum(x.sum(1, dtype=torch.float64), rollouts.trajectory_ids, rollouts.num_trajectories)
+        for x in (credit.advantages, credit.mask)
+    )
+    return total / count
 
 
 def _trajectories_in(credit: Credit, rollouts: Rollouts) -> Tensor:

@@ -51,6 +51,16 @@ def prefix_values(
     return value[back], torch.where(inside, count[ids], 0.0).view(rows, -1)[back]
 
 
+def longest_shared(tokens: Int[Tensor, "N L"], lengths: Int[Tensor, " N"], groups: Int[Tensor, " N"]) -> int:
+    """The most tokens that two sequences of one group begin with in common.
+
+    Example:
+        >>> longest_shared(torch.tensor([[1, 2, 3], [1, 2, 4]]), torch.tensor([3, 3]), torch.tensor([0, 0]))
+        2
+    """
+    return int(_sorted_with_overlap(tokens, lengths, groups)[1].max()) if len(tokens) > 1 else 0
+
+
 def _sorted_with_overlap(tokens: Tensor, lengths: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Lexicographic order of (group, tokens), and for each how many tokens it shares with the one before, -1 = none."""
     width = tokens.shape[1]

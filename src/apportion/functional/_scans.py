@@ -20,7 +20,9 @@ def suffix_sum(values: Float[Tensor, " M"], carry: Float[Tensor, " M"]) -> Float
         >>> suffix_sum(torch.tensor([1.0, 1.0, 1.0, 5.0]), torch.tensor([0.5, 0.5, 0.0, 0.0]))
         tensor([1.7500, 1.5000, 1.0000, 5.0000], dtype=torch.float64)
     """
-    return _suffix_scan(values.double(), carry.double(), _add, 0.0)
+    values = values.double()
+    tame = bool(values.abs().amax() < 1e290) if len(values) else True
+    return _suffix_scan(values, carry.double(), _add_tame if tame else _add, 0.0)
 
 
 def suffix_min(values: Float[Tensor, " M"], carry: Bool[Tensor, " M"]) -> Float[Tensor, " M"]:
@@ -33,16 +35,21 @@ def suffix_min(values: Float[Tensor, " M"], carry: Bool[Tensor, " M"]) -> Float[
     return _suffix_scan(values.double(), carry.double(), _least, torch.inf)
 
 
-def _add(value: Tensor, carry: Tensor, following: Tensor) -> Tensor:
-    return value + torch.where(carry != 0, carry * following, 0.0)
+def _add_tame(x: Tensor, carry: Tensor, following: Tensor) -> None:
+    x.addcmul_(carry, following)
 
 
-def _least(value: Tensor, carry: Tensor, following: Tensor) -> Tensor:
-    return torch.minimum(value, torch.where(carry != 0, following, torch.inf))
+def _add(x: Tensor, carry: Tensor, following: Tensor) -> None:
+    """Also where values are NaN or infinite, which no product with 0 would stop."""
+    x.add_(torch.where(carry != 0, carry * following, 0.0))
+
+
+def _least(x: Tensor, carry: Tensor, following: Tensor) -> None:
+    torch.minimum(x, torch.where(carry != 0, following, torch.inf), out=x)
 
 
 def _suffix_scan(
-    values: Tensor, carry: Tensor, step: Callable[[Tensor, Tensor, Tensor], Tensor], nothing: float
+    values: Tensor, carry: Tensor, step: Callable[[Tensor, Tensor, Tensor], None], nothing: float
 ) -> Tensor:
     """Scan blocks of 32 positions side by side, then the first positions of the blocks, then pass those results on."""
     length = values.shape[0]
@@ -50,13 +57,12 @@ def _suffix_scan(
         return values
     blocks = -(-length // _BLOCK)
     fill = blocks * _BLOCK - length
-    value = pad(values, (0, fill), value=nothing).view(blocks, _BLOCK).T.contiguous()
-    through = pad(carry, (0, fill)).view(blocks, _BLOCK).T.contiguous()
-    inside = value.clone()
+    x = pad(values, (0, fill), value=nothing).view(blocks, _BLOCK).T.clone(memory_format=torch.contiguous_format)
+    through = pad(carry, (0, fill)).view(blocks, _BLOCK).T.clone(memory_format=torch.contiguous_format)
     for k in range(_BLOCK - 2, -1, -1):
-        inside[k] = step(value[k], through[k], inside[k + 1])
+        step(x[k], through[k], x[k + 1])
         through[k] *= through[k + 1]
     if blocks > 1:
-        heads = _suffix_scan(inside[0], through[0], step, nothing)
-        inside = step(inside, through, pad(heads[1:], (0, 1), value=nothing))
-    return inside.T.reshape(-1)[:length]
+        heads = _suffix_scan(x[0], through[0], step, nothing)
+        step(x, through, pad(heads[1:], (0, 1), value=nothing))
+    return x.T.reshape(-1)[:length]

@@ -8,7 +8,7 @@ from torch import Tensor
 def segment_sum(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
     """Sum of the members of each segment, in float64.
 
-    `out[k] = sum of values[m] with ids[m] = k`; members with a negative id are left out. An empty segment sums to 0.
+    `out[k] = sum of values[m] with ids[m] = k`; members with the id -1 are left out. An empty segment sums to 0.
 
     Example:
         >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), 3)
@@ -46,8 +46,6 @@ def segment_any(flags: Bool[Tensor, " M"], ids: Int[Tensor, " M"], segments: int
     return segment_sum(flags.double(), ids, segments) > 0
 
 
-def at_members(values: Shaped[Tensor, " K"], ids: Int[Tensor, " M"]) -> Shaped[Tensor, " M"]:
-    """The segment's value at each of its members; 0 at members of no segment."""
-    if not values.shape[0]:
-        return torch.zeros(ids.shape, dtype=values.dtype, device=values.device)
-    return torch.where(ids >= 0, values[ids.clamp(min=0)], torch.zeros_like(values[:1]))
+def at_members(values: Shaped[Tensor, " K"], ids: Int[Tensor, "*M"]) -> Shaped[Tensor, "*M"]:
+    """The segment's value at each of its members; 0 at members of no segment, whose id is -1."""
+    return torch.take(torch.cat([values, values.new_zeros(1)]), ids)

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apportion.functional import at_members, segment_sum
 from apportion.losses._core import Aggregation, Metrics, Outputs, Totals, aggregate, check_aggregation, means, uncounted
 from apportion.types import Cover, Credit, Rollouts
 
+NO_SPANS = ("batch", "group", "trajectory", "")  # units of signals, which no span set can be called
 LOG_RATIO_CEILING = 20.0  # exp(20) = 5e8: far beyond any clip, and finite in every dtype
 
 
@@ -19,20 +21,23 @@ class PolicyGradient:
 
         rho_t = exp(new_t - old_t)                              ratio="token"
         rho_t = exp(mean over the row's counted t of new - old) ratio="sequence"
+        rho_t = exp(sum over the span's counted t of new - old) ratio="macro", or any other span set
         l_t   = max(-A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + clip_high))
         l_t   = min(l_t, -A_t dual_clip) where A_t < 0          if dual_clip is given
 
     Source: arXiv 1707.06347 equation 7 (clip); arXiv 2507.18071 (sequence ratio, as TRL applies it); arXiv 1912.09729
-    equation 5 (dual clip). Departs: the lower and the upper clip are set apart; the log-ratio is cut at 20, as in verl,
-    so that rho stays finite (beyond it the gradient is 0).
+    equation 5 (dual clip); arXiv 2410.02743 (one ratio per macro action). Departs: the lower and the upper clip are set
+    apart; the log-ratio is cut at 20, as in verl, so that rho stays finite (beyond it the gradient is 0).
     Reads: old_logprobs (None = on-policy: old is new without gradient, so rho = 1), off_policy with logprobs (on those
-    rows old is the behaviour's), credit. Scope: row.
+    rows old is the behaviour's), credit, the spans of `ratio`. Scope: row.
     Laws: gradient 0 where the clip is active against the advantage; positions outside the mask and advantages of 0
     contribute nothing, whatever stands in the log-probabilities.
-    Degenerate: nothing counted gives 0. Several updates per step need old_logprobs, or nothing is ever clipped.
+    Degenerate: nothing counted gives 0. Several updates per step need old_logprobs, or nothing is ever clipped. A counted
+    position outside every span has its own ratio.
     Args:
         clip_low, clip_high: distances from 1; None = no bound on that side.
-        ratio: "token" | "sequence". A sequence is a row.
+        ratio: "token", "sequence" (a row), or the name of a span set whose spans have one ratio each, the product of
+            those of their tokens. A span counts once per token, and a long one leaves the clip range soon.
         dual_clip: upper bound of the loss of negative advantages, in multiples of |A| (> 1; usually 3); None = off.
         aggregation, horizon: see `aggregate`.
     Metrics (means over the step's tokens; rows that were skipped count 0): policy/clip_low, policy/clip_high (share of
@@ -42,24 +47,28 @@ class PolicyGradient:
 
     clip_low: float | None = 0.2
     clip_high: float | None = 0.28
-    ratio: Literal["token", "sequence"] = "token"
+    ratio: str = "token"
     aggregation: Aggregation = "token_mean"
     dual_clip: float | None = None
     horizon: int | None = None
     needs: ClassVar[tuple[str, ...]] = ()
-    requires: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[Cover] = "row"
 
     def __post_init__(self) -> None:
         check_aggregation(self.aggregation, self.horizon)
-        if self.ratio not in ("token", "sequence"):
-            raise ValueError(f"ratio must be 'token' or 'sequence'; got {self.ratio!r}.")
+        if self.ratio in NO_SPANS:
+            raise ValueError(f"ratio must be 'token', 'sequence' or the name of a span set; got {self.ratio!r}.")
         for name in ("clip_low", "clip_high"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must be at least 0; got {value}. Use None for no bound on that side.")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be greater than 1; got {self.dual_clip}. Use None to switch it off.")
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """The spans, if a ratio covers each."""
+        return () if self.ratio in ("token", "sequence") else (f"spans.{self.ratio}",)
 
     def __call__(
         self, outputs: Outputs, rollouts: Rollouts, credit: Credit, totals: Totals
@@ -182,5 +191,19 @@ def _log_ratio(outputs: Outputs, rollouts: Rollouts, credit: Credit, ratio: str)
     gap = torch.where(credit.mask, gap, torch.zeros_like(gap))
     if ratio == "token":
         return gap
+    if ratio != "sequence":
+        return _span_sums(gap, rollouts, ratio)
     mean = gap.sum(1, keepdim=True) / credit.mask.sum(1, keepdim=True).clamp(min=1)
     return torch.where(credit.mask, mean, torch.zeros_like(gap))
+
+
+def _span_sums(gap: Float[Tensor, "B T"], rollouts: Rollouts, name: str) -> Float[Tensor, "B T"]:
+    """At each position the sum over its span; the position's own value outside every span."""
+    if name not in rollouts.spans:
+        raise ValueError(
+            f'PolicyGradient(ratio={name!r}) needs rollouts.spans["{name}"], which this batch lacks (it has '
+            f'{", ".join(rollouts.spans) or "none"}). Split the responses first, or use ratio="token".'
+        )
+    ids = rollouts.span_ids(name).flatten()
+    sums = segment_sum(gap.flatten(), ids, len(rollouts.spans[name])).to(gap.dtype)
+    return torch.where(ids >= 0, at_members(sums, ids), gap.flatten()).view(gap.shape)

@@ -4,13 +4,14 @@ import codecs
 import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 _BROKEN = "\ufffd"
 _WAIT = 16
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 

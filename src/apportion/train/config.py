@@ -1,5 +1,6 @@
 """Everything a run is told, in one flat dataclass. Every option says its default and why."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,18 +31,21 @@ class Estimator(Protocol):
 
 
 class Measure(Protocol):
-    """Measures signals before credit: a judge, a process reward model."""
+    """Measures signals before credit: a judge, a process reward model. It may also cut spans.
+
+    If it has a method `attach(policy)`, that is called once, when the model is loaded.
+    """
 
     @property
     def provides(self) -> tuple[str, ...]:
-        """The signals it measures, such as "signals.judge"."""
+        """What it measures, such as "signals.judge" or "spans.macro"."""
 
     @property
     def requires(self) -> tuple[str, ...]:
         """What the rollouts must have before."""
 
-    def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
-        """The signals it provides."""
+    def measure(self, rollouts: Rollouts) -> Mapping[str, Signal | Spans]:
+        """The signals and spans it provides, by name."""
 
 
 class Split(Protocol):

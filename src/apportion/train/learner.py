@@ -1,6 +1,6 @@
 """One update: micro-batches of the rows on which the loss is not flat, one optimizer step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,17 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, limit: int) -> Iterator[Tens
         widest = wider
     if batch:
         yield torch.tensor(batch, device=rows.device)
+
+
+@torch.no_grad()
+def in_parts(rollouts: Rollouts, limit: int, read: Callable[[Rollouts], Tensor]) -> Tensor:
+    """What `read` makes of the rows, [B, ...], in passes of at most `limit` padded tokens, without gradient."""
+    parts = [
+        (rows, read(rollouts.select(rows)))
+        for rows in micro_batches(rollouts, torch.arange(rollouts.batch, device=rollouts.device), limit)
+    ]
+    order = torch.cat([rows for rows, _ in parts])
+    return torch.cat([part for _, part in parts])[order.argsort()]
 
 
 def _backward(

@@ -10,7 +10,7 @@ from apportion.record import Run, RunWriter, write_jsonl
 from apportion.train.checkpoint import load_checkpoint, save_checkpoint
 from apportion.train.config import Config
 from apportion.train.learner import NotFinite, update
-from apportion.train.measuring import measured, measures_of, required, verified
+from apportion.train.measuring import measured, measures_of, required, statistics_of, verified
 from apportion.train.policy import CausalPolicy, Request, check_lengths
 from apportion.train.report import Report
 from apportion.train.schedule import check_schedule, draw, generator_for
@@ -44,6 +44,8 @@ def run(config: Config, *, resume: bool = False, command: str = "") -> Path:
         share_prompt=config.share_prompt,
         sample_rows=config.sample_rows,
     )
+    for measure in measures:
+        getattr(measure, "attach", lambda policy: None)(policy)
     check_prompts(config, policy)
     writer = _open(config, resume, command)
     report = Report(writer, config)
@@ -86,6 +88,7 @@ def _step(config: Config, policy: CausalPolicy, report: Report, measures: Any, s
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             generator=generator_for(config.seed, step),
+            statistics=statistics_of(config),
             on_rows=advance,
         )
     clock.lap("sample")

@@ -5,20 +5,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from apportion.losses import Outputs
-from apportion.signals import pieces_of
+from apportion.signals import pieces_of, token_statistics
 from apportion.tasks import Problem
 from apportion.train.models import resolve_model
 from apportion.train.packing import pack
 from apportion.train.sampler import Sampled, sample
-from apportion.types import Rollouts
+from apportion.types import Rollouts, Signal
 
 LOGIT_CHUNK = 256
 """Positions whose logits exist at one time: 50 MB of float32 at a vocabulary of 49,152."""
@@ -43,9 +44,10 @@ class Policy(Protocol):
         max_new_tokens: int,
         temperature: float,
         generator: torch.Generator,
+        statistics: Sequence[str] = (),
         on_rows: Callable[[int], None] | None = None,
     ) -> Rollouts:
-        """One row per response, prompt included, one group per request."""
+        """One row per response, prompt included, one group per request; with the named `statistics` as token signals."""
 
     def outputs(self, rollouts: Rollouts, where: Bool[Tensor, "B T"], needs: Sequence[str] = ()) -> Outputs:
         """Log-probabilities (and values, entropies) at the positions of `where`, 0 elsewhere, with gradient."""
@@ -74,7 +76,6 @@ class CausalPolicy:
         self.temperature, self.sample_rows = temperature, sample_rows
         self.share_prompt = share_prompt and _takes_block_masks(model)
         self.value_head = _value_head(model) if critic else None
-        self._sampler_model = model if self.dtype == torch.float32 else _sampling_copy(model, self.dtype)
         self._reference: Any = None
         self.end_ids = _end_ids(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
@@ -114,13 +115,19 @@ class CausalPolicy:
         max_new_tokens: int,
         temperature: float,
         generator: torch.Generator,
+        statistics: Sequence[str] = (),
         on_rows: Callable[[int], None] | None = None,
     ) -> Rollouts:
-        """One row per response, prompt included, one group per request; groups may differ in size."""
+        """One row per response, prompt included, one group per request; groups may differ in size.
+
+        The `statistics` (names of `signals.TOKEN_STATISTICS`) are taken where the tokens are drawn. They describe the
+        distribution that was acted upon: with bfloat16 that of the sampler's copy, which `self.statistics` would not
+        give back.
+        """
         prompts = [self.prompt_ids(r.problem) for r in requests]
         check_lengths(prompts, [r.problem.id for r in requests], max_new_tokens, self.context)
         groups = sample(
-            self._sampler_model,
+            self.acting_model,
             prompts,
             [r.count for r in requests],
             max_new_tokens=max_new_tokens,
@@ -128,6 +135,7 @@ class CausalPolicy:
             pad_id=self.pad_id,
             temperature=temperature,
             generator=generator,
+            statistics=statistics,
             batch_rows=self.sample_rows,
             on_rows=on_rows,
         )
@@ -136,7 +144,7 @@ class CausalPolicy:
 
     def _rollouts(self, rows: Sequence[tuple[int, list[int], Sampled]], problems: Sequence[Problem]) -> Rollouts:
         tokens = [prompt + s.tokens for _, prompt, s in rows]
-        return Rollouts.from_lists(
+        rollouts = Rollouts.from_lists(
             tokens,
             [g for g, _, _ in rows],
             action_mask=[[False] * len(p) + [True] * len(s.tokens) for _, p, s in rows],
@@ -149,14 +157,25 @@ class CausalPolicy:
                 "text": [self.tokenizer.decode(s.tokens, skip_special_tokens=True) for _, _, s in rows],
                 "pieces": [pieces_of(self.tokenizer, row) for row in tokens],
             },
-        ).to(self.model.device)
+        )
+        signals = {}
+        for name in rows[0][2].statistics if rows else ():
+            values = torch.full(rollouts.action_mask.shape, torch.nan)
+            values[rollouts.action_mask] = torch.tensor([v for _, _, s in rows for v in s.statistics[name]])
+            signals[name] = Signal(values, "token")
+        return rollouts.with_signals(**signals).to(self.model.device)
+
+    @cached_property
+    def acting_model(self) -> Any:
+        """The model that samples: the trained one, or its copy in bfloat16, made when it is first needed."""
+        return self.model if self.dtype == torch.float32 else _sampling_copy(self.model, self.dtype)
 
     def refresh_sampler(self) -> None:
         """Copy the trained weights into the sampler's copy; to be called after every update."""
-        if self._sampler_model is self.model:
+        if self.acting_model is self.model:
             return
         with torch.no_grad():
-            for copy, weight in zip(self._sampler_model.parameters(), self.model.parameters(), strict=True):
+            for copy, weight in zip(self.acting_model.parameters(), self.model.parameters(), strict=True):
                 if weight.requires_grad:
                     copy.copy_(weight)
 
@@ -176,6 +195,32 @@ class CausalPolicy:
         before it.
         """
         return self._outputs(self.model, rollouts, where, needs, temperature or self.temperature)
+
+    @torch.no_grad()
+    def values(self, rollouts: Rollouts, where: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """The critic's values at the positions of `where`, 0 elsewhere, without gradient."""
+        values = self.outputs(rollouts, where, ("values",)).values
+        assert values is not None
+        return values
+
+    @torch.no_grad()
+    def statistics(
+        self, rollouts: Rollouts, where: Bool[Tensor, "B T"], names: Sequence[str]
+    ) -> Float[Tensor, "B T K"]:
+        """The named statistics (`signals.TOKEN_STATISTICS`) at the positions of `where`, NaN elsewhere, without gradient.
+
+        In float32 they are those that the sampler takes; for rollouts that came without.
+        """
+        place, _, scores = self._scored(self.model, rollouts, where, self.temperature, names)
+        return torch.full((*where.shape, len(names)), torch.nan, device=where.device).index_put(place, scores[:, 1:])
+
+    @torch.no_grad()
+    def states(self, rollouts: Rollouts) -> Float[Tensor, "B T H"]:
+        """The last hidden state after reading each token, without gradient; what stands at padding means nothing."""
+        every = torch.ones_like(rollouts.action_mask)
+        with self._autocast():
+            states, _ = self._states(self.model, rollouts, *every.nonzero(as_tuple=True))
+        return states.view(*every.shape, -1)
 
     def reference_logprobs(self, rollouts: Rollouts, where: Bool[Tensor, "B T"]) -> Tensor:
         """Log-probabilities under the kept reference, without gradient."""
@@ -219,31 +264,41 @@ class CausalPolicy:
     def _outputs(
         self, model: Any, rollouts: Rollouts, where: Tensor, needs: Sequence[str], temperature: float
     ) -> Outputs:
-        assert rollouts.tokens is not None
-        packed = pack(rollouts, pad_id=self.pad_id, share=self.share_prompt)
-        mask = packed.block_mask() if self.share_prompt else packed.padding_mask()
-        row, position = where.nonzero(as_tuple=True)
-        if bool((position == 0).any()):
-            raise ValueError(
-                "a row's first token cannot be scored: nothing precedes it. Begin rows with a prompt or a start token."
-            )
-        with self._autocast():
-            body, head = _body_and_head(model)
-            hidden = body(input_ids=packed.tokens, attention_mask=mask, position_ids=packed.positions, use_cache=False)
-            states = hidden.last_hidden_state.flatten(0, 1)[packed.home[row, position - 1]]
-            logprobs, entropies = _scores(
-                head, states, rollouts.tokens[row, position], temperature, "entropies" in needs
-            )
+        names = ("entropy",) if "entropies" in needs else ()
+        place, states, scores = self._scored(model, rollouts, where, temperature, names)
 
         def spread(values: Tensor) -> Tensor:
-            return torch.zeros(where.shape, device=where.device).index_put((row, position), values)
+            return torch.zeros(where.shape, device=where.device).index_put(place, values)
 
         values = None
         if "values" in needs:
             if self.value_head is None:
                 raise ValueError("values need a critic, which this policy lacks. Train with critic=True.")
             values = spread(self.value_head(states.float())[:, 0])
-        return Outputs(spread(logprobs), values, None if entropies is None else spread(entropies))
+        return Outputs(spread(scores[:, 0]), values, spread(scores[:, 1]) if names else None)
+
+    def _scored(
+        self, model: Any, rollouts: Rollouts, where: Tensor, temperature: float, names: Sequence[str]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Rows and positions of `where`, the states before them, [M, H], and what `_scores` says of them."""
+        assert rollouts.tokens is not None
+        row, position = where.nonzero(as_tuple=True)
+        if bool((position == 0).any()):
+            raise ValueError(
+                "a row's first token cannot be scored: nothing precedes it. Begin rows with a prompt or a start token."
+            )
+        with self._autocast():
+            states, head = self._states(model, rollouts, row, position - 1)
+            scores = _scores(head, states, rollouts.tokens[row, position], temperature, names)
+        return (row, position), states, scores
+
+    def _states(self, model: Any, rollouts: Rollouts, row: Tensor, position: Tensor) -> tuple[Tensor, Any]:
+        """The last hidden states at these positions, [M, H], and the model's output layer."""
+        packed = pack(rollouts, pad_id=self.pad_id, share=self.share_prompt)
+        mask = packed.block_mask() if self.share_prompt else packed.padding_mask()
+        body, head = _body_and_head(model)
+        out = body(input_ids=packed.tokens, attention_mask=mask, position_ids=packed.positions, use_cache=False)
+        return out.last_hidden_state.flatten(0, 1)[packed.home[row, position]], head
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -262,26 +317,24 @@ class CausalPolicy:
 
 
 def _scores(
-    head: Any, states: Tensor, ids: Tensor, temperature: float, entropies: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each id (and the entropy) from the states before it, without ever holding all logits.
+    head: Any, states: Tensor, ids: Tensor, temperature: float, names: Sequence[str]
+) -> Float[Tensor, "M columns"]:
+    """Log-probability of each id and the named statistics from the states before it, without ever holding all logits.
 
     A chunk's logits are thrown away and computed again for the gradient.
     """
 
-    def score(part: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
-        logits = head(part).float() / temperature
-        normaliser = logits.logsumexp(1)
-        logprobs = logits.gather(1, chosen[:, None])[:, 0] - normaliser
-        return (logprobs, normaliser - (torch.softmax(logits, 1) * logits).sum(1)) if entropies else (logprobs,)
+    def score(part: Tensor, chosen: Tensor) -> Tensor:
+        logits = head(part).float()
+        more = token_statistics(logits, chosen, names=names, temperature=temperature) if names else {}
+        logits = logits / temperature
+        logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(1)
+        return torch.stack([logprobs, *more.values()], 1)
 
     chunks = zip(states.split(LOGIT_CHUNK), ids.split(LOGIT_CHUNK), strict=True)
     if torch.is_grad_enabled():
-        scored = [checkpoint(score, part, chosen, use_reentrant=False) for part, chosen in chunks]
-    else:
-        scored = [score(part, chosen) for part, chosen in chunks]
-    columns = [torch.cat(column) for column in zip(*scored, strict=True)]
-    return columns[0], columns[1] if entropies else None
+        return torch.cat([checkpoint(score, part, chosen, use_reentrant=False) for part, chosen in chunks])
+    return torch.cat([score(part, chosen) for part, chosen in chunks])
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], names: Sequence[str], max_new_tokens: int, context: int) -> None:

@@ -1,20 +1,26 @@
 """Sampling from a causal language model: prompts computed once, finished rows dropped, log-probabilities kept."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apportion.signals import token_statistics
+
 
 @dataclass(frozen=True)
 class Sampled:
-    """One continuation: `tokens` (the end token included), `logprobs` as sampled (nats), `truncated` by the limit."""
+    """One continuation: `tokens` (the end token included), `logprobs` as sampled (nats), `truncated` by the limit.
+
+    `statistics` are those asked for, by name, with one number per token.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     truncated: bool
+    statistics: dict[str, list[float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -28,6 +34,7 @@ def sample(
     pad_id: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    statistics: Sequence[str] = (),
     batch_rows: int = 64,
     on_rows: Callable[[int], None] | None = None,
 ) -> list[list[Sampled]]:
@@ -38,6 +45,7 @@ def sample(
     Greedy rows report the log-probability at temperature 1.
 
     Args:
+        statistics: names of `signals.TOKEN_STATISTICS` to read off the logits that each token was drawn from.
         batch_rows: rows decoded together; whole prompts are packed up to it (a larger group is decoded alone).
         on_rows: called with the number of rows that have just finished, for progress bars.
     """
@@ -46,7 +54,7 @@ def sample(
     for first, last in _batches(group_sizes, batch_rows):
         sizes = list(group_sizes[first:last])
         uniform = torch.rand(sum(sizes), limit, generator=generator)
-        rows = _decode(model, prompts[first:last], sizes, uniform, set(end_ids), pad_id, temperature)
+        rows = _decode(model, prompts[first:last], sizes, uniform, set(end_ids), pad_id, temperature, statistics)
         start = 0
         for size in sizes:
             out.append(rows[start : start + size])
@@ -75,6 +83,7 @@ def _decode(
     end_ids: set[int],
     pad_id: int,
     temperature: float,
+    statistics: Sequence[str],
 ) -> list[Sampled]:
     device = model.device
     rows, limit = uniform.shape
@@ -87,6 +96,7 @@ def _decode(
 
     tokens = torch.full((rows, limit), pad_id, dtype=torch.int64, device=device)
     logprobs = torch.zeros(rows, limit, device=device)
+    read = torch.zeros(len(statistics), rows, limit, device=device)
     lengths = torch.full((rows,), limit, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     active = torch.arange(rows, device=device)
@@ -95,6 +105,9 @@ def _decode(
         chosen, logp = _choose(logits, uniform[active, t], temperature)
         tokens[active, t] = torch.where(alive, chosen, tokens[active, t])
         logprobs[active, t] = torch.where(alive, logp, logprobs[active, t])
+        if statistics:
+            found = token_statistics(logits.float(), chosen, names=statistics, temperature=temperature)
+            read[:, active, t] = torch.stack(list(found.values()))
         stops = alive & torch.isin(chosen, ends)
         lengths[active[stops]] = t + 1
         ended[active[stops]] = True
@@ -111,9 +124,10 @@ def _decode(
             input_ids=chosen[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         )
         logits, cache = step.logits[:, -1], step.past_key_values
+    columns = (tokens, logprobs, read.transpose(0, 1), lengths, ended)
     return [
-        Sampled(x[:n], lp[:n], not e)
-        for x, lp, n, e in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+        Sampled(x[:n], lp[:n], not e, {name: value[:n] for name, value in zip(statistics, values, strict=True)})
+        for x, lp, values, n, e in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 

@@ -48,6 +48,7 @@ GROUPS = (
     "pass_at_k()",
     "remax()",
     "reinforce_plus_plus_baseline(singleton='raw')",
+    "reinforce_plus_plus_baseline.openrlhf()",
 )
 # Title, rewards of a group, which of its members are shown.
 CASES: tuple[tuple[str, list[float], tuple[int, ...]], ...] = (

@@ -89,3 +89,18 @@ def test_options_that_do_not_fit_are_refused(bench, capsys):
         with pytest.raises(SystemExit):
             bench.parse(argv)
         assert text in capsys.readouterr().err
+
+
+def test_the_speed_of_credit_is_told_for_the_methods_asked_for(tmp_path):
+    script, page = SCRIPT.with_name("credit.py"), tmp_path / "page.md"
+    names = ["grpo", "gae", "clip"]
+    settings = ["--sizes", "500", "1000", "--seconds", "0.01", "--threads", "1", "--json", "--page", str(page)]
+    command = [sys.executable, str(script), "--only", *names, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    told = {(row["method"], row["tokens"]) for row in report["methods"]}
+    assert told == {(n, size) for n in ("grpo", "gae", "grpo, clip") for size in (500, 1000)}
+    assert all(row["speed"] > 0 for row in report["methods"])
+    assert set(report["memory"]) == set(report["growth"]) == {"grpo", "gae", "grpo, clip"}
+    assert "| `grpo, clip` | " in page.read_text()

@@ -393,16 +393,13 @@ class Credit:
         if not isinstance(factor, Tensor):
             parts = {k: replace(v, values=v.values * factor) for k, v in self.parts.items()}
         else:
-            parts = {
-                k: Signal(torch.where(self.mask, rollouts.at_tokens(v) * factor, 0), "token")
-                for k, v in self.parts.items()
-            }
-        scaled = torch.where(self.mask, self.advantages * factor, torch.zeros_like(self.advantages))
+            parts = {k: Signal(rollouts.at_tokens(v) * factor, "token") for k, v in self.parts.items()}
+        scaled = torch.where(self.mask, self.advantages * factor, 0.0)
         return replace(self, advantages=scaled, parts=parts)
 
     def replaced(self, advantages: Float[Tensor, "B T"], name: str) -> "Credit":
         """Other advantages; the difference, after minus before, becomes the part `name`."""
-        advantages = torch.where(self.mask, advantages, torch.zeros_like(advantages))
+        advantages = torch.where(self.mask, advantages, 0.0)
         while name in self.parts:
             name += "'"
         parts = {**self.parts, name: Signal(advantages - self.advantages, "token")}
@@ -411,9 +408,7 @@ class Credit:
     def narrowed(self, mask: Bool[Tensor, "B T"]) -> "Credit":
         """The loss counts only positions in `mask` too; advantages outside become 0."""
         mask = self.mask & mask
-        return replace(
-            self, advantages=torch.where(mask, self.advantages, torch.zeros_like(self.advantages)), mask=mask
-        )
+        return replace(self, advantages=torch.where(mask, self.advantages, 0.0), mask=mask)
 
     def select(self, rows: Int[Tensor, " R"]) -> "Credit":
         """Some of the rows, without the parts: what a loss needs for a micro-batch."""
@@ -425,7 +420,7 @@ class Credit:
         out = torch.zeros_like(self.advantages)
         for part in self.parts.values():
             out = out + rollouts.at_tokens(part)
-        return torch.where(self.mask, out, torch.zeros_like(out))
+        return torch.where(self.mask, out, 0.0)
 
 
 # ---- validation -------------------------------------------------------------------------------------------------------

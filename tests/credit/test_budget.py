@@ -161,8 +161,15 @@ def test_equal_scores_give_exactly_nothing(value):
     for prior in ("uniform", "linear", "base"):
         assert (brpo(r, prior=prior).advantages == 0).all()
     assert (brpo(cut([[[value] * 2] * 4])).advantages == 0).all()
-    graded = cut([[[0.7] * 2] * 4] * 3)
-    assert brpo(graded).advantages.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.7, 0.1, 1 / 3])
+def test_equal_graded_scores_give_exactly_nothing(value, dtype):
+    for count in (1, 3):
+        for prior in ("uniform", "linear", "base", (0.3, 0.1, 0.2, 0.4)):
+            r = cut([[[value] * 3, [value], [value] * 2, [value] * 7]] * count, dtype=dtype)
+            assert (brpo(r, prior=prior, decay=0.3).advantages == 0).all()
 
 
 def test_thinking_that_ended_early_is_scored_at_its_end_for_all_later_budgets():

@@ -170,6 +170,31 @@ def test_equal_rewards_and_tiny_deviations_give_exactly_nothing(rewards):
     assert branch_grpo(grow(PARENT, rewards)).notes["zero_signal_depths"] == 1
 
 
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3])
+@pytest.mark.parametrize("fusion", ["uniform", "path"])
+def test_equal_rewards_give_exactly_nothing_without_the_deviation_too(value, fusion):
+    """Three tenths over three are not a tenth in floating point, and node 1 has three leaves."""
+    r = grow([-1, 0, 0, 1, 1, 1], [value] * 4, [-0.1 * k for k in range(6)])
+    assert (tree_relative(r, scale=None, fusion=fusion).advantages == 0).all()
+    assert (tree_relative(r, scale=None, fusion=fusion, compare="siblings").advantages == 0).all()
+
+
+def test_a_decisive_fork():
+    """All that matters is decided at the first fork; noise-free forks behind it.
+
+    Compared below one parent the fork alone is credited; compared at equal depth the edges behind it carry the credit on,
+    and with the sample deviation they carry more, as there are more of them.
+    """
+    r = grow(PARENT, [1, 1, 0, 0])
+    half, late = 0.5**0.5, 0.75**0.5
+    alone = nodes(tree_relative(r, compare="siblings"))
+    torch.testing.assert_close(alone, numbers([0, half, -half, 0, 0, 0, 0]), rtol=0, atol=1e-7)
+    carried = nodes(branch_grpo(r))
+    torch.testing.assert_close(carried, numbers([0, half, -half, late, late, -late, -late]), rtol=0, atol=1e-7)
+    plain = nodes(tree_relative(r, scale=None))
+    torch.testing.assert_close(plain, numbers([0, 0.5, -0.5, 0.5, 0.5, -0.5, -0.5]))
+
+
 def test_the_clip_is_a_part():
     """One of 30 leaves: (1 - 1/30) / deviation = 5.29, above the limit of 5."""
     r = grow([-1] * 30, [1.0] + [0.0] * 29)

@@ -215,3 +215,14 @@ def test_a_step_no_rollout_reached_is_not_measured():
     r = searched([NAN, 1, NAN], [-1, 0, 0], [[(0, 1), (1, 2)], [(0, 1)]])
     close(TreeLabels().measure(r)["node_value"].values, 0.9, 1.0, NAN)
     close(TreeLabels().measure(r)["label"].values, 1, 1, NAN)
+
+
+def test_simulated_steps_keep_their_verdict():
+    """Behind node 1 two steps were simulated, true and undecided; node 1 has a verdict too, which its W overrules."""
+    r = searched([NAN, -1, NAN, NAN], [-1, 0, 1, 2], [[(0, 1), (1, 2), (2, 3), (3, 4)]])
+    r = r.with_signals(verdict=Signal(numbers(NAN, 1, 1, 0), "branch"))
+    made = TreeLabels(verdict="verdict")
+    assert made.requires[-1] == "signals.verdict"
+    close(made.measure(r)["node_value"].values, -0.9, -1, 1, 0)
+    close(made.measure(r)["label"].values, -1, -1, 1, -1)
+    close(TreeLabels().measure(r)["label"].values, -1, -1, NAN, NAN)

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,7 +70,6 @@ def _train(arguments: Arguments, argv: list[str], resume: bool) -> int:
 
 
 def _config(arguments: Arguments) -> Config:
-    from apportion.signals import VerdictScore
     from apportion.tasks import resolve_task
 
     credit = parse_credit(arguments.credit)
@@ -80,8 +80,17 @@ def _config(arguments: Arguments) -> Config:
         credit=credit,
         judge=_judge(arguments),
         splitter=_splitter(arguments.splitter),
-        measures=(VerdictScore(),) if "signals.process" in credit.requires else (),
+        measures=_measures(credit.requires),
     )
+
+
+def _measures(requires: Sequence[str]) -> tuple[Any, ...]:
+    """Scores of steps from a judge's verdicts, and macro actions of five tokens, where the method reads such things."""
+    from apportion.signals import VerdictScore, fixed_ngrams
+    from apportion.train import SpansFrom
+
+    offered = {"signals.process": VerdictScore(), "spans.macro": SpansFrom("macro", fixed_ngrams(5))}
+    return tuple(measure for needed, measure in offered.items() if needed in requires)
 
 
 def _splitter(name: str) -> Any:

@@ -2,10 +2,12 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import wraps
+from functools import reduce, wraps
 from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
@@ -25,6 +27,7 @@ from typing import (
 import torch
 from torch import Tensor
 
+from apportion.functional import kept
 from apportion.types import Cover, Credit, Rollouts, Signal
 
 P = ParamSpec("P")
@@ -68,8 +71,14 @@ class Estimator:
 
         Credit is a constant of the loss: no gradient flows through it.
         """
-        with torch.no_grad():
-            return _rounded(self.run(rollouts), _output_dtype(rollouts, self.requires))
+        dtype = _output_dtype(rollouts, self.requires)
+        with torch.no_grad(), _spreading(dtype):
+            return _rounded(self.run(rollouts), dtype)
+
+    def exact(self, rollouts: Rollouts) -> Credit:
+        """The credit in float64, for compositions, which round when they are done."""
+        with _spreading(torch.float64):
+            return self.run(rollouts)
 
     def __repr__(self) -> str:
         return self.expression
@@ -219,7 +228,7 @@ def alias(function: Callable[P, Estimator]) -> EstimatorFunction[P]:
     return cast(EstimatorFunction[P], _marked(compose_or_run, "alias"))
 
 
-def dialect(of: Any) -> Callable[[Callable[P, Estimator]], Callable[P, Estimator]]:
+def dialect(of: Any, *, name: str = "") -> Callable[[Callable[P, Estimator]], Callable[P, Estimator]]:
     """Make a named variant `of.name()` of an estimator: the settings with which it gives a peer's own numbers.
 
     `f(*, settings) -> Estimator`; the variant prints as the settings it stands for. On the command line and in a
@@ -227,10 +236,23 @@ def dialect(of: Any) -> Callable[[Callable[P, Estimator]], Callable[P, Estimator
     """
 
     def decorate(function: Callable[P, Estimator]) -> Callable[P, Estimator]:
-        setattr(of, function.__name__, alias(function))
+        setattr(of, name or function.__name__, alias(function))
         return function
 
     return decorate
+
+
+# The dtype in which `assemble` spreads the sum of the parts: the last one at once, where nothing is computed from it.
+_SPREAD: ContextVar[torch.dtype] = ContextVar("dtype of assembled advantages", default=torch.float64)
+
+
+@contextmanager
+def _spreading(dtype: torch.dtype) -> Iterator[None]:
+    before = _SPREAD.set(dtype)
+    try:
+        yield
+    finally:
+        _SPREAD.reset(before)
 
 
 # ---- what estimators share ----------------------------------------------------------------------------------------
@@ -248,15 +270,21 @@ def assemble(
     of_unit: dict[str, Tensor] = {}
     for part in parts.values():  # parts of one unit are added before they are spread over positions
         of_unit[part.unit] = of_unit[part.unit] + part.values if part.unit in of_unit else part.values.double()
-    total = torch.zeros((), dtype=torch.float64, device=rollouts.device)
-    for unit, values in of_unit.items():
-        total = total + rollouts.at_tokens(Signal(values, unit))
-    return Credit(torch.where(mask, total, 0.0), mask, parts, returns, notes or {})
+    spread = [rollouts.at_tokens(Signal(values, unit)) for unit, values in of_unit.items()]
+    by_row = [x[:, :1] for x in spread if x.stride(1) == 0]  # one value a row
+    wide = [x for x in spread if x.stride(1) != 0]
+    if by_row:
+        wide.append(reduce(torch.add, by_row))
+    return Credit(kept(reduce(torch.add, wide).to(_SPREAD.get()), mask), mask, parts, returns, notes or {})
 
 
 def measured_mask(rollouts: Rollouts, measured: Tensor) -> Tensor:
     """`action_mask` without the trajectories whose required outcome was not measured."""
-    return rollouts.action_mask & measured[rollouts.trajectory_ids][:, None]
+    if bool(measured.all()):
+        return rollouts.action_mask
+    mask = rollouts.action_mask.clone()
+    mask[~measured[rollouts.trajectory_ids]] = False
+    return mask
 
 
 def trajectory_values(rollouts: Rollouts, name: str, needed_by: str) -> Tensor:
@@ -438,7 +466,7 @@ def _output_dtype(rollouts: Rollouts, requires: Sequence[str]) -> torch.dtype:
     for needed in requires:
         kind = needed.partition(".")[0]
         found = held(rollouts, needed)
-        read.append(found.values if kind == "signals" else None if kind == "spans" else found)
+        read.append(found.values if isinstance(found, Signal) else found if isinstance(found, Tensor) else None)
         read += {"values": [rollouts.bootstrap], "logprobs": [rollouts.old_logprobs]}.get(kind, [])
     floats = [x.dtype for x in read if x is not None and x.is_floating_point()]
     return torch.float64 if floats and all(d == torch.float64 for d in floats) else torch.float32

@@ -89,6 +89,9 @@ def brpo(
     mean = torch.where(pool.count > 0, pool.low + pool.mean, torch.nan).view(cuts.prior.shape)
     unscored = cuts.reached & mean.isnan()
     mean = mean.gather(1, cuts.seen_as)
+    if singleton == "own":  # above the group's smallest, so that equal scores give exactly 0
+        level = group_statistics(mean.flatten(), cuts.mates // mean.shape[1], rollouts.num_groups)
+        mean = torch.where(mean.isnan(), torch.nan, level.y.view(mean.shape))
     to_come = _suffix_sum(torch.where(cuts.prior > 0, cuts.prior * mean, 0.0))
     group, own = _above(to_come, mean, cuts, decay, singleton)
     summary = pool.y - at_members(pool.mean, pool.ids)
@@ -143,11 +146,11 @@ def _cuts(rollouts: Rollouts, spans: str, prior: Prior | tuple[float, ...], budg
     thinking, owner, groups = parent < 0, rollouts.trajectory_ids[cut.row], rollouts.trajectory_groups
     _check_summaries(parent, owner, spans)
     budget = torch.where(thinking, cut.index, at_members(cut.index, parent))
-    longest = segment_max(budget, rollouts.group_ids[cut.row], rollouts.num_groups).clamp(min=0).long() + 1
+    longest = segment_max(budget.double(), rollouts.group_ids[cut.row], rollouts.num_groups).clamp(min=0).long() + 1
     count = _budget_counts(longest, prior, budgets, spans)[groups]
     width = int(count.max()) if len(count) else 1
     place = torch.arange(width, device=rollouts.device)
-    last = segment_max(budget, owner, len(groups)).clamp(min=0).long()
+    last = segment_max(budget.double(), owner, len(groups)).clamp(min=0).long()
     return _Cuts(
         thinking,
         owner * width + budget,
@@ -191,8 +194,8 @@ def _prior_weights(prior: Prior | tuple[float, ...], count: Tensor, place: Tenso
     if isinstance(prior, str):
         shape = {"uniform": torch.ones_like(place), "linear": place + 1, "base": place == count[:, None] - 1}[prior]
     else:
-        shape = torch.tensor(prior, dtype=torch.float64, device=place.device)
-        if bool((shape < 0).any()) or not bool((shape > 0).any()):
+        shape = torch.tensor(prior, dtype=torch.float64, device=place.device)[place]
+        if min(prior) < 0 or max(prior) == 0:
             raise ValueError(f"brpo needs a prior of weights of 0 or more, not all 0; got {prior}.")
     weight = torch.where(place < count[:, None], shape.double(), 0.0)
     return weight / weight.sum(1, keepdim=True)

@@ -26,7 +26,7 @@ def chain(first: Estimator, *transforms: Transform) -> Estimator:
         _check_kind("chain", step, Transform)
 
     def run(rollouts: Rollouts) -> Credit:
-        credit = first.run(rollouts)
+        credit = first.exact(rollouts)
         for step in transforms:
             credit = step.run(credit, rollouts)
         return credit
@@ -64,7 +64,7 @@ def add(*terms: tuple[float, Estimator]) -> Estimator:
             raise TypeError(f"add needs (weight, estimator) pairs; got a {type(weight).__name__} as weight.")
 
     def run(rollouts: Rollouts) -> Credit:
-        credits = [term.run(rollouts).scaled(float(weight), rollouts) for weight, term in terms]
+        credits = [term.exact(rollouts).scaled(float(weight), rollouts) for weight, term in terms]
         return _united(credits, [t.name for _, t in terms], rollouts, "add")
 
     members = [term for _, term in terms]
@@ -103,7 +103,7 @@ def partition(by: Mapping[str, Estimator]) -> Estimator:
                 raise ValueError(
                     f"partition needs disjoint spans, but {one!r} and {other!r} overlap. Cut one, or use add."
                 )
-        credits = [est.run(rollouts).narrowed(inside[name]) for name, est in by.items()]
+        credits = [est.exact(rollouts).narrowed(inside[name]) for name, est in by.items()]
         return _united(credits, list(by), rollouts, "partition")
 
     return Estimator(

@@ -36,6 +36,12 @@ class Line:
         """The values at the action positions, in float64."""
         return values.reshape(-1).index_select(0, self.positions).double()
 
+    def ids(self, rollouts: Rollouts, unit: str) -> Int[Tensor, " M"]:
+        """The trajectory or span that each is part of; -1 where it is in no span."""
+        if unit == "trajectory":
+            return self.trajectories
+        return rollouts.unit_ids(unit).reshape(-1).index_select(0, self.positions)
+
     def of_actions(self, values: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
         """The values where they belong to an action, 0 at observations."""
         return values if self.acts is None else torch.where(self.acts, values, 0.0)

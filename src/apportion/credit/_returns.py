@@ -1,6 +1,7 @@
 """Credit from a critic's values: generalised advantage estimation over tokens or over spans, and its relatives."""
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -83,24 +84,53 @@ def gae(
     _check(over, observations, alpha)
     line = action_line(rollouts, observations=observations != "skip")
     unit = _decisions(rollouts, line, over, span_value, valued=observations == "valued")
+    measured, gains = _gains(rollouts, line, unit, gamma, span_reward, kl_coef, reward)
+    mask = measured_mask(rollouts, measured)
+    if over != "token":
+        mask = mask & line.put(unit.of >= 0)
     goes_on = unit.goes_on.double()
     carry = gamma * (lam if alpha is None else _adaptive_lam(unit, alpha, rollouts.num_trajectories)) * goes_on
+    returns = unit.values.clone()
+    if critic_lam is not None:
+        returns += suffix_sum(reduce(torch.add, gains.values()), gamma * critic_lam * goes_on)
+    del goes_on
+    parts = {}
+    for name in list(gains):
+        flow = suffix_sum(gains.pop(name), carry)  # one at a time, for memory
+        if critic_lam is None:
+            returns += flow
+        parts[name] = Signal(_as_signal(flow, unit, line, rollouts, over), over)
+    notes = {"decisions": float(unit.count), "actions_outside_spans": float((unit.of < 0).sum())}
+    target = _as_returns(returns, unit, line, measured)
+    del line, unit, carry, returns, flow
+    return assemble(rollouts, mask, parts, returns=target, notes=notes)
+
+
+def _gains(
+    rollouts: Rollouts,
+    line: Line,
+    unit: "_Decisions",
+    gamma: float,
+    span_reward: SpanReward,
+    kl_coef: float,
+    reward: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Which trajectories were measured, [N]; and delta at each decision, term by term, [U]."""
     measured, earned = rewards_at_actions(rollouts, line, reward, "gae")
     gains = {reward: unit.gather(earned, span_reward)}
     if kl_coef:
         gains["kl"] = unit.gather(-kl_coef * log_ratio_at_actions(rollouts, line), span_reward)
     following = torch.where(unit.goes_on, unit.values.roll(-1), unit.after)
-    gains["values"] = gamma * following - unit.values
-    flows = {k: suffix_sum(v, carry) for k, v in gains.items()}
-    if critic_lam is None:
-        above = torch.stack(list(flows.values())).sum(0)
-    else:
-        above = suffix_sum(torch.stack(list(gains.values())).sum(0), gamma * critic_lam * goes_on)
-    parts = {k: Signal(_as_signal(v, unit, line, rollouts, over), over) for k, v in flows.items()}
-    mask = measured_mask(rollouts, measured) & line.put(unit.of >= 0)
-    returns = line.put(at_members(above + unit.values, unit.of))
-    notes = {"decisions": float(unit.count), "actions_outside_spans": float((unit.of < 0).sum())}
-    return assemble(rollouts, mask, parts, returns=torch.where(mask, returns, 0.0), notes=notes)
+    gains["values"] = following.mul_(gamma).sub_(unit.values)
+    return measured, gains
+
+
+def _as_returns(values: Tensor, unit: "_Decisions", line: Line, measured: Tensor) -> Tensor:
+    """What a critic should say at each action of a measured trajectory, [B, T]."""
+    counted = at_members(measured, line.trajectories)
+    if line.acts is not None:
+        counted &= line.acts
+    return line.put(torch.where(counted, unit.at_actions(values), 0.0))
 
 
 @dataclass(frozen=True)
@@ -133,7 +163,13 @@ class _Decisions:
 
     def gather(self, rewards: Tensor, how: SpanReward) -> Tensor:
         """The rewards that go to each decision, added or averaged."""
+        if self.gets is self.of:  # every action is a decision
+            return rewards
         return (segment_sum if how == "sum" else segment_mean)(rewards, self.gets, len(self.names))
+
+    def at_actions(self, values: Tensor) -> Tensor:
+        """What each decision has, at each of its actions; 0 where an action belongs to none."""
+        return values if self.gets is self.of else at_members(values, self.of)
 
 
 def _check(over: str, observations: str, alpha: float | None) -> None:
@@ -153,7 +189,7 @@ def _decisions(rollouts: Rollouts, line: Line, over: str, span_value: SpanValue,
         values = values if valued else line.of_actions(values)
         each = torch.arange(len(values), device=rollouts.device)
         return _Decisions(each, each, each, values, after, line.goes_on, line.trajectories, line.acts)
-    span = rollouts.span_ids(over).reshape(-1)[line.positions]
+    span = line.ids(rollouts, over)
     before = torch.cat([span.new_full((1,), -1), span[:-1]])[: len(span)]
     first = (span >= 0) & (span != before)
     begun = first.cumsum(0) - 1
@@ -226,7 +262,7 @@ def rewards_at_actions(rollouts: Rollouts, line: Line, reward: str, needed_by: s
     measured = torch.ones(rollouts.num_trajectories, dtype=torch.bool, device=rollouts.device)
     if signal.unit == "token":
         return measured, line.of_actions(line.take(signal.values).nan_to_num(nan=0.0))
-    ids = rollouts.unit_ids(signal.unit).reshape(-1)[line.positions]
+    ids = line.ids(rollouts, signal.unit)
     ids = ids if line.acts is None else torch.where(line.acts, ids, -1)
     last = line.last_of(ids, len(signal.values))
     earned = torch.zeros(len(ids), dtype=torch.float64, device=rollouts.device)

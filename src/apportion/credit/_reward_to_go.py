@@ -161,3 +161,9 @@ def reinforce_plus_plus_baseline(
         chain(group_relative(reward='outcome', baseline='mean', scale=None, singleton='zero'), whiten())
     """
     return chain(group_relative(reward=reward, baseline="mean", scale=None, singleton=singleton), whiten())
+
+
+@dialect(reinforce_plus_plus_baseline, name="openrlhf")
+def openrlhf_baseline(*, reward: str = "outcome") -> Estimator:
+    """OpenRLHF 0.11.2, `reinforce_baseline` without its KL: whitened by the population variance, at least 1e-8."""
+    return chain(group_relative(reward=reward, baseline="mean", scale=None), whiten(ddof=0, eps_inside="floor"))

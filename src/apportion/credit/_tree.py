@@ -40,7 +40,9 @@ def _requires(s: Settings) -> tuple[str, ...]:
 
 
 def _laws(s: Settings) -> tuple[str, ...]:
-    return ("shift", "equal", "scale" if s["scale"] else "linear")
+    """Weights of paths may be all but one-hot, so that deviations come near `eps` and below `floor`."""
+    scale = ("scale",) if s["fusion"] == "uniform" else ()
+    return ("shift", "equal", *(scale if s["scale"] else ("linear",)))
 
 
 @estimator(requires=_requires, scope="group", needs_group_of=2, laws=_laws)

@@ -9,6 +9,7 @@ from apportion.functional._readings import contrast_reward, early_stop
 from apportion.functional._scans import suffix_min, suffix_sum
 from apportion.functional._segments import (
     at_members,
+    kept,
     segment_any,
     segment_count,
     segment_max,
@@ -28,6 +29,7 @@ __all__ = [
     "contrast_reward",
     "early_stop",
     "group_statistics",
+    "kept",
     "row_moments",
     "longest_shared",
     "prefix_values",

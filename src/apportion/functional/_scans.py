@@ -61,7 +61,7 @@ def _suffix_scan(
     through = pad(carry, (0, fill)).view(blocks, _BLOCK).T.clone(memory_format=torch.contiguous_format)
     for k in range(_BLOCK - 2, -1, -1):
         step(x[k], through[k], x[k + 1])
-        through[k] *= through[k + 1]
+        through[k].mul_(through[k + 1])
     if blocks > 1:
         heads = _suffix_scan(x[0], through[0], step, nothing)
         step(x, through, pad(heads[1:], (0, 1), value=nothing))

@@ -21,12 +21,15 @@ class TreeLabels:
 
     Source: GroundedPRM, arXiv 2510.14942, and its code. Use them as step rewards: `group_relative(reward="label",
         unit="branch")`, or any method that reads a signal over spans.
-    Reads: signals[rollout] over spans[spans], NaN where no rollout left a node; spans[spans] with parents. Scope: row.
-    Degenerate: a node with no rollout at it or below is NaN, not measured; W = 0 counts as wrong.
+    Reads: signals[rollout] over spans[spans], NaN where no rollout left a node; spans[spans] with parents; signals[verdict]
+        over spans[spans] if named. Scope: row.
+    Degenerate: a node with no rollout at it or below has its verdict for W, if one is named, else NaN, not measured; W = 0
+        counts as wrong.
 
     Args:
         gamma: discount per step up the tree.
         rollout: value u of the rollouts from each node, their sum if there were several (see `rollout_value`).
+        verdict: 1, -1 or 0 for the steps that were only simulated, which keep it as their value.
         spans: the tree, a span per step.
 
     Example:
@@ -41,6 +44,7 @@ class TreeLabels:
 
     gamma: float = 0.9
     rollout: str = "rollout_value"
+    verdict: str | None = None
     spans: str = "branch"
 
     @property
@@ -50,14 +54,17 @@ class TreeLabels:
 
     @property
     def requires(self) -> tuple[str, ...]:
-        """The tree and what its rollouts were worth."""
-        return (f"spans.{self.spans}", f"spans.{self.spans}.parent", f"signals.{self.rollout}")
+        """The tree, what its rollouts were worth and what was said of simulated steps."""
+        verdict = (f"signals.{self.verdict}",) if self.verdict else ()
+        return (f"spans.{self.spans}", f"spans.{self.spans}.parent", f"signals.{self.rollout}", *verdict)
 
     def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
         """`{"node_value": [S], "label": [S]}`."""
         parent, u = rollouts.spans[self.spans].parent, rollouts.signals[self.rollout].values
         assert parent is not None
         value, _ = backed_up(u, parent, gamma=self.gamma)
+        if self.verdict:
+            value = torch.where(value.isnan(), rollouts.signals[self.verdict].values.double(), value)
         value = value.to(u.dtype)
         return {"node_value": Signal(value, self.spans), "label": Signal(step_labels(value), self.spans)}
 

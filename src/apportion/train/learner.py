@@ -1,5 +1,6 @@
 """One update: micro-batches of the rows on which the loss is not flat, one optimizer step."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def update(
     live = ~loss.flat_rows(rollouts, credit) if skip_flat else rollouts.lengths > 0
     optimizer.zero_grad()
     metrics: dict[str, float] = {}
-    for rows in micro_batches(rollouts, live.nonzero()[:, 0], micro_tokens):
+    limit = micro_tokens if loss.scope == "row" else sys.maxsize  # a loss that compares rows gets the step in one pass
+    for rows in micro_batches(rollouts, live.nonzero()[:, 0], limit):
         part = _backward(policy, rollouts, credit, loss, totals, rows)
         metrics = {k: metrics.get(k, 0.0) + v for k, v in part.items()}
     for p in parameters:

@@ -3,7 +3,7 @@
 import pytest
 
 from apportion import Rollouts, credit
-from apportion.cli._compose import COMBINATORS, exported, kind_of, parse_credit, short
+from apportion.cli._compose import COMBINATORS, dialects_of, exported, kind_of, parse_credit, short
 from apportion.cli._errors import UserError
 
 ESTIMATORS = [name for name in exported() if kind_of(name) == "estimator"]
@@ -39,6 +39,18 @@ def test_everything_exported_has_a_kind():
     transforms = {name for name in credit.__all__ if getattr(getattr(credit, name), "role", None) == "transform"}
     assert {name for name, kind in kinds.items() if kind == "transform"} == transforms
     assert {"grpo", "capo", "pure", "tempo", "nsr", "gae", "rloo"} <= set(ESTIMATORS)
+
+
+DIALECTS = [f"{name}.{dialect}()" for name, f in exported().items() for dialect in dialects_of(f)]
+
+
+@pytest.mark.parametrize(
+    "text", [*DIALECTS, "group_relative.trl(scale_rewards='batch')", "rloo.trl(normalize_advantages=True)"]
+)
+def test_dialects_are_written_and_read_back(text):
+    made = parse_credit(text)
+    assert isinstance(made, credit.Estimator)
+    assert parse_credit(repr(made)) == made
 
 
 def test_the_short_name_of_a_printed_composition():

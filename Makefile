@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 VERL := .venv-verl
 VERL_PIP := $(VERL)/bin/pip install -q --disable-pip-version-check -c constraints-verl.txt
 
-.PHONY: demo demo-results test lint bench clean
+.PHONY: demo demo-results test lint bench bench-credit clean
 
 demo: $(VENV)/demo
 	$(BIN)/python recipes/demo.py
@@ -27,6 +27,9 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/train_step.py
+
+bench-credit: $(VERL)/ready
+	$(VERL)/bin/python benchmarks/credit.py
 
 clean:
 	rm -rf $(VENV) $(VERL) build dist

@@ -1,10 +1,12 @@
 """The action positions of a batch laid out in one line, trajectory after trajectory, in the order of time."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.nn.functional import pad
 
 from apportion.types import Rollouts
 
@@ -25,12 +27,25 @@ class Line:
     shape: tuple[int, int]
     acts: Bool[Tensor, " M"] | None = None
 
-    @property
+    @cached_property
     def goes_on(self) -> Bool[Tensor, " M"]:
         """Whether another action of the same trajectory follows."""
         more = torch.zeros_like(self.trajectories, dtype=torch.bool)
         more[:-1] = self.trajectories[1:] == self.trajectories[:-1]
         return more
+
+    @cached_property
+    def counts(self) -> Int[Tensor, " K"]:
+        """How many positions each trajectory has, up to the last one that has any."""
+        return torch.bincount(self.trajectories)
+
+    def lengths(self, trajectories: int) -> Int[Tensor, " N"]:
+        """How many positions each trajectory has."""
+        return pad(self.counts, (0, trajectories - len(self.counts)))
+
+    def spread(self, values: Shaped[Tensor, " N"]) -> Shaped[Tensor, " M"]:
+        """The trajectory's value at each of its positions."""
+        return torch.repeat_interleave(values, self.lengths(len(values)), output_size=len(self.trajectories))
 
     def take(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " M"]:
         """The values at the action positions, in float64."""

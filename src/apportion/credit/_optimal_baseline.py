@@ -79,7 +79,7 @@ def optimal_token_baseline(
     above = torch.where(heavy > 0, total / (heavy + eps), 0.0)
     baseline = at_members(low + above, places.ids)
     members = segment_count(torch.where(measured, rollouts.trajectory_groups, -1), rollouts.num_groups)
-    alone = (members < 2)[rollouts.trajectory_groups][line.trajectories]
+    alone = line.spread((members < 2)[rollouts.trajectory_groups])
     baseline = torch.where(places.lone, value if tail == "zero" else 0.0, baseline)
     baseline = torch.where(alone, value if singleton == "zero" else 0.0, baseline)
     parts = {
@@ -124,18 +124,18 @@ class _Places:
 
 def _places(rollouts: Rollouts, line: Line, measured: Tensor) -> _Places:
     group, groups = rollouts.trajectory_groups, rollouts.num_groups
-    sizes = segment_count(line.trajectories, rollouts.num_trajectories)
-    begin = (sizes.cumsum(0) - sizes).long()
-    place = torch.arange(len(line.trajectories), device=rollouts.device) - begin[line.trajectories]
+    lengths = line.lengths(rollouts.num_trajectories)
+    begin, sizes = lengths.cumsum(0) - lengths, lengths.double()
     members = torch.where(measured, group, -1)
     longest = segment_max(sizes, members, groups).clamp(min=0)
     several = segment_count(torch.where(sizes == longest[group], members, -1), groups) > 1
     shorter = segment_max(torch.where(sizes < longest[group], sizes, 0.0), members, groups).clamp(min=0)
     second = torch.where(several, longest, shorter)
-    mine = group[line.trajectories]
-    compared = measured[line.trajectories] if line.acts is None else measured[line.trajectories] & line.acts
-    ids = torch.where(compared, (longest.cumsum(0) - longest).long()[mine] + place, -1)
-    return _Places(ids, int(longest.sum()), compared & (place >= second[mine]))
+    here = torch.arange(len(line.trajectories), device=rollouts.device)
+    compared = line.spread(measured) if line.acts is None else line.spread(measured) & line.acts
+    first = (longest.cumsum(0) - longest).long()[group]  # the number of the group's first place
+    ids = torch.where(compared, line.spread(first - begin) + here, -1)
+    return _Places(ids, int(longest.sum()), compared & (here >= line.spread(second[group].long() + begin)))
 
 
 @dialect(optimal_token_baseline)

@@ -13,7 +13,6 @@ from apportion.functional import (
     group_statistics,
     longest_shared,
     prefix_values,
-    segment_count,
     shrinks,
 )
 from apportion.types import Credit, Rollouts, Signal
@@ -77,7 +76,7 @@ def _value_changes(rollouts: Rollouts, line: Line, rewards: Tensor, divisor: Ten
     out = torch.zeros(rollouts.action_mask.shape, dtype=torch.float64, device=rollouts.device)
     if not len(line.positions):
         return out, {"branch_tokens": 0.0, "changed_tokens": 0.0}
-    lengths = segment_count(line.trajectories, rollouts.num_trajectories).long()
+    lengths = line.lengths(rollouts.num_trajectories)
     places, sequences = _parted(rollouts, line, lengths)
     reach = lengths.clamp(max=sequences.shape[1])
     values, sharers = prefix_values(sequences, reach, rollouts.trajectory_groups, rewards)

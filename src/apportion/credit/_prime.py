@@ -84,12 +84,12 @@ def process_implicit(
     line = action_line(rollouts)
     goes_on = line.goes_on.double()
     ratios = line.take(token_values(rollouts, ratio, "process_implicit"))
-    gain = torch.where(stats.measured[line.trajectories], ratios, torch.nan)
+    gain = torch.where(line.spread(stats.measured), ratios, torch.nan)
     gain = _rescaled(gain, goes_on) if rescale else beta * gain
     gain = _above_others(rollouts, line, gain, baseline)
     parts = {reward: Signal(above, "trajectory")}
     if outcome_gamma != 1:
-        at_end = torch.where(line.goes_on, 0.0, above[line.trajectories])
+        at_end = torch.where(line.goes_on, 0.0, line.spread(above))
         parts[reward] = Signal(line.put(suffix_sum(at_end, outcome_gamma * goes_on)), "token")
     parts[ratio] = Signal(line.put(suffix_sum(gain, gamma * goes_on)), "token")
     notes = {"singleton_groups": float((stats.count == 1).sum()), "unmeasured_tokens": float(ratios.isnan().sum())}

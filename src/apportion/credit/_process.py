@@ -289,7 +289,7 @@ def _horizon_baseline(rollouts: Rollouts, line: Line, gain: Tensor, kept: Tensor
     n = rollouts.num_trajectories
     others = _others_sum(torch.ones(n, dtype=torch.float64, device=gain.device), kept, rollouts).clamp(min=1)
     if horizon is None:
-        lengths = segment_count(line.trajectories, n)
+        lengths = line.lengths(n).double()
         longest = segment_max(lengths, rollouts.trajectory_groups, rollouts.num_groups)
         limit = at_members(longest.clamp(min=1), rollouts.trajectory_groups)
     else:
@@ -307,7 +307,7 @@ def _step_charges(
         mean = total / segment_count(steps.owner, n).clamp(min=1)
         others = _others_sum(torch.ones_like(total), kept, rollouts).clamp(min=1)
         return at_members(_others_sum(mean, kept, rollouts) / others, steps.owner)
-    tokens = _others_sum(segment_count(line.trajectories, n), kept, rollouts).clamp(min=1)
+    tokens = _others_sum(line.lengths(n).double(), kept, rollouts).clamp(min=1)
     return at_members(_others_sum(total, kept, rollouts) / tokens, steps.owner) * steps.lengths
 
 

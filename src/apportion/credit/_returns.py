@@ -127,7 +127,7 @@ def _gains(
 
 def _as_returns(values: Tensor, unit: "_Decisions", line: Line, measured: Tensor) -> Tensor:
     """What a critic should say at each action of a measured trajectory, [B, T]."""
-    counted = at_members(measured, line.trajectories)
+    counted = line.spread(measured)
     if line.acts is not None:
         counted &= line.acts
     return line.put(torch.where(counted, unit.at_actions(values), 0.0))
@@ -184,7 +184,7 @@ def _check(over: str, observations: str, alpha: float | None) -> None:
 
 def _decisions(rollouts: Rollouts, line: Line, over: str, span_value: SpanValue, valued: bool) -> _Decisions:
     assert rollouts.values is not None
-    values, after = line.take(rollouts.values), _value_after_end(rollouts)[line.trajectories]
+    values, after = line.take(rollouts.values), line.spread(_value_after_end(rollouts))
     if over == "token":
         values = values if valued else line.of_actions(values)
         each = torch.arange(len(values), device=rollouts.device)

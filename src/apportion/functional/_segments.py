@@ -14,14 +14,13 @@ def segment_sum(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: i
         >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2]), 3)
         tensor([3., 0., 4.], dtype=torch.float64)
     """
-    inside = ids >= 0
-    out = torch.zeros(segments, dtype=torch.float64, device=values.device)
-    return out.scatter_add_(0, ids.clamp(min=0), torch.where(inside, values.double(), 0.0)) if segments else out
+    out = torch.zeros(segments + 1, dtype=torch.float64, device=values.device)
+    return out.scatter_add_(0, ids + 1, values.double())[1:]  # entry 0 takes what belongs to none
 
 
 def segment_count(ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
     """How many members each segment has, as float64."""
-    return segment_sum(torch.ones_like(ids, dtype=torch.float64), ids, segments)
+    return torch.bincount(ids + 1, minlength=segments + 1)[1:].double()
 
 
 def segment_mean(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
@@ -31,14 +30,14 @@ def segment_mean(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: 
 
 def segment_min(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
     """Smallest member of each segment, in float64; +inf where a segment is empty."""
-    out = torch.full((segments,), torch.inf, dtype=torch.float64, device=values.device)
-    inside = torch.where(ids >= 0, values.double(), torch.inf)
-    return out.scatter_reduce_(0, ids.clamp(min=0), inside, "amin") if segments else out
+    out = torch.full((segments + 1,), torch.inf, dtype=torch.float64, device=values.device)
+    return out.scatter_reduce_(0, ids + 1, values.double(), "amin")[1:]
 
 
 def segment_max(values: Float[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Float[Tensor, " K"]:
     """Largest member of each segment, in float64; -inf where a segment is empty."""
-    return -segment_min(-values, ids, segments)
+    out = torch.full((segments + 1,), -torch.inf, dtype=torch.float64, device=values.device)
+    return out.scatter_reduce_(0, ids + 1, values.double(), "amax")[1:]
 
 
 def segment_any(flags: Bool[Tensor, " M"], ids: Int[Tensor, " M"], segments: int) -> Bool[Tensor, " K"]:

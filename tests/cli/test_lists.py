@@ -11,7 +11,12 @@ from apportion import credit, tasks
 def test_methods_lists_every_exported_function(apportion):
     rows = {row["name"]: row for row in json.loads(apportion("methods", "--json").out)}
     makers = {"estimator", "transform", "alias", "assemble", "Estimator", "Transform"}
-    assert set(rows) == set(credit.__all__) - makers
+    assert {name for name in rows if "." not in name} == set(credit.__all__) - makers
+    assert rows["grpo"]["cost"] == "none beyond the rollouts"
+    assert "verl" in rows["group_relative"]["dialects"]
+    others = {"losses.HintedPolicyGradient", "losses.t_reg_loss", "signals.TreeLabels", "signals.Utility"}
+    assert others <= set(rows)
+    assert all(rows[name]["source"] for name in others)
     assert set(rows["capo"]["needs"]) == {"signals.outcome", "signals.judge", "spans.step"}
     assert rows["capo"]["scope"] == "group"
     assert "2508.02298" in rows["capo"]["source"]

@@ -4,7 +4,7 @@ import inspect
 import re
 from typing import Any
 
-from apportion import credit
+from apportion import credit, losses, signals
 from apportion.cli._app import call, console, print_json
 from apportion.cli._compose import bound, dialects_of, exported, kind_of
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
 def methods(*, json: bool = False) -> int:
     """List the credit methods: what each needs, what it must see at once, what it costs, and where it comes from.
 
-    Any name is a value of --credit; so is a composition such as "chain(grpo(), clip(limit=2.0))", and your own
+    Then the losses and signals that come from a paper too, for use in Python. Any other name is a value of --credit; so is a composition such as "chain(grpo(), clip(limit=2.0))", and your own
     module:function. Names that begin with a dot are dialects: group_relative.verl() gives verl's own numbers.
 
     Examples:
@@ -29,6 +29,7 @@ def methods(*, json: bool = False) -> int:
     """
     rows = [_row(name) for name in exported()]
     rows.sort(key=lambda row: (["estimator", "transform", "combinator"].index(row["kind"]), row["name"]))
+    rows += _others("loss", losses) + _others("signal", signals)
     if json:
         print_json(rows)
     else:
@@ -52,6 +53,31 @@ def _row(name: str) -> dict[str, Any]:
         "dialects": sorted(dialects_of(function)),
         "expression": repr(made) if made else None,
     }
+
+
+def _others(kind: str, room: Any) -> list[dict[str, Any]]:
+    """What a room exports with a source of its own."""
+    rows = []
+    for name in room.__all__:
+        found = getattr(room, name)
+        doc = inspect.getdoc(found) or ""
+        if "Source:" in doc:
+            needs = getattr(found, "requires", ())
+            rows.append(
+                {
+                    "name": f"{room.__name__.rpartition('.')[2]}.{name}",
+                    "kind": kind,
+                    "needs": list(needs) if isinstance(needs, tuple) else [],
+                    "scope": None,
+                    "group_of": None,
+                    "about": doc.partition("\n")[0],
+                    "cost": _field(doc, "Cost"),
+                    "source": _field(doc, "Source"),
+                    "dialects": [],
+                    "expression": None,
+                }
+            )
+    return rows
 
 
 def _field(doc: str, name: str) -> str | None:

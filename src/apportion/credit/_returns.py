@@ -94,15 +94,15 @@ def gae(
     if critic_lam is not None:
         returns += suffix_sum(reduce(torch.add, gains.values()), gamma * critic_lam * goes_on)
     del goes_on
-    parts = {}
-    for name in list(gains):
-        flow = suffix_sum(gains.pop(name), carry)  # one at a time, for memory
-        if critic_lam is None:
-            returns += flow
-        parts[name] = Signal(_as_signal(flow, unit, line, rollouts, over), over)
+    names = list(gains)
+    flows = suffix_sum(torch.stack([gains.pop(name) for name in names]), carry)
+    if critic_lam is None:
+        returns += flows.sum(0)
+    del carry  # memory: from here on the parts are what takes it
+    parts = {k: Signal(_as_signal(f, unit, line, rollouts, over), over) for k, f in zip(names, flows, strict=True)}
     notes = {"decisions": float(unit.count), "actions_outside_spans": float((unit.of < 0).sum())}
     target = _as_returns(returns, unit, line, measured)
-    del line, unit, carry, returns, flow
+    del line, unit, returns, flows
     return assemble(rollouts, mask, parts, returns=target, notes=notes)
 
 

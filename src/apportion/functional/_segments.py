@@ -51,11 +51,11 @@ def at_members(values: Shaped[Tensor, " K"], ids: Int[Tensor, "*M"]) -> Shaped[T
 
 
 def kept(values: Float[Tensor, "..."], mask: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The values where the mask is True, +0.0 elsewhere, also for NaN: bits times 0 or 1, three times as fast as `where`.
+    """The values where the mask is True, +0.0 elsewhere, also for NaN: their bits times 0 or 1, faster than `where`.
 
     Example:
         >>> kept(torch.tensor([1.5, torch.nan, -2.0]), torch.tensor([True, False, False]))
         tensor([1.5000, 0.0000, 0.0000])
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return (values.view(bits) * mask).view(values.dtype)
+    return mask.to(bits).mul_(values.view(bits)).view(values.dtype)

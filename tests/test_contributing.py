@@ -183,7 +183,7 @@ def test_four_places_and_everything_finds_the_method(copy):
     run("ruff", "format", "--check", method, test, init)
     run("ruff", "check", method, test, init)
     run("pytest", "-p", "no:cacheprovider", test, method, "tests/test_readme.py", "tests/credit/test_exports.py")
-    held = run("pytest", "-p", "no:cacheprovider", "tests/laws", "tests/docs", "-k", "ramp or named_method", "-v")
+    held = run("pytest", "-p", "no:cacheprovider", "tests/laws", "tests/docs", "-k", "ramp or named_method", "-vv")
     assert held.count("[ramp]") > 15
     assert "FAILED" not in held
     rows = {row["name"]: row for row in json.loads(run("apportion.cli.main", "methods", "--json"))}

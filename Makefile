@@ -17,6 +17,7 @@ demo-results: $(VENV)/demo
 test: $(VENV)/dev $(VERL)/ready
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --jaxtyping-packages=apportion,typed.checked --ignore-glob='*/test_messages.py' \
+		--ignore-glob='*/test_compiled.py' \
 		tests/credit tests/functional tests/losses tests/laws
 	$(VERL)/bin/python -m pytest tests/engines/verl tests/engines/skyrl
 

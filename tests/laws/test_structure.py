@@ -92,15 +92,3 @@ def test_transforms_leave_the_returns_of_a_critic_alone(name, seed, gamma):
     r = batch_for(EVERY["gae"], seed)
     first = gae(gamma=gamma)
     assert torch.equal(chain(first, getattr(credit, name)())(r).returns, first(r).returns)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler, about what it leaves uncompiled
-@pytest.mark.parametrize("name", ["grpo", "capo", "gae", "tempo", "gigpo", "branch_grpo", "ucas"])
-def test_a_compiled_step_may_contain_credit(name):
-    method, r = EVERY[name], batch_for(EVERY[name], 7)
-    weighted = torch.compile(lambda batch, logprobs: -(method(batch).advantages * logprobs).sum(), backend="eager")
-    logprobs = torch.full(r.action_mask.shape, -1.0, dtype=torch.float64, requires_grad=True)
-    loss = weighted(r, logprobs)
-    loss.backward()
-    same(logprobs.grad, -method(r).advantages, 1e-12)
-    same(loss, method(r).advantages.sum(), 1e-9)

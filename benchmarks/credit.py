@@ -162,6 +162,8 @@ def signals(r: Rollouts, floats: Callable[..., torch.Tensor]) -> dict[str, Signa
 
     summary = r.spans["budget"].parent
     assert summary is not None
+    assert r.logprobs is not None
+    drawn = r.logprobs.exp()
     score = over("budget", flag=True)
     return {
         "outcome": over("trajectory", flag=True),
@@ -179,7 +181,7 @@ def signals(r: Rollouts, floats: Callable[..., torch.Tensor]) -> dict[str, Signa
         "entropy": token(0, 3),
         "self_certainty": token(1, 6),
         "sampled_logit": token(5, 20),
-        "sum_pi_squared": token(0.05, 1),
+        "sum_pi_squared": Signal(drawn.square() + floats(0, 1) * (1 - drawn).square(), "token"),
         "waad": token(0, 9),
         "fai": token(0, 0.1),
         "planning": Signal((floats(0, 1) < 0.1).float(), "token"),
@@ -328,6 +330,10 @@ def labels(ids: torch.Tensor) -> Any:
     return ids.numpy().astype(object)
 
 
+def without_gaps(batch: Rollouts) -> Rollouts:
+    return batch.replace(action_mask=torch.arange(batch.width) < batch.lengths[:, None])
+
+
 def verl_pairs(batch: Rollouts) -> list[dict[str, Any]]:
     from verl.trainer.ppo import core_algos
 
@@ -344,7 +350,7 @@ def verl_pairs(batch: Rollouts) -> list[dict[str, Any]]:
         return {"peer": f"verl {name}", "kind": kind, "ours": ours, "batch": batch, "theirs": lambda: f(**given)[0]}
 
     grouped = {"index": index, "config": config}
-    squares = batch.signals["sum_pi_squared"].values
+    squares, whole = batch.signals["sum_pi_squared"].values, without_gaps(batch)
     relative = credit.group_relative
     return [
         pair("grpo", "compute_grpo_outcome_advantage", "loop", relative.verl(), **grouped),
@@ -369,15 +375,19 @@ def verl_pairs(batch: Rollouts) -> list[dict[str, Any]]:
             gamma=1.0,
             lam=0.95,
         ),
-        pair(
-            "optimal_token_baseline",
-            "compute_optimal_token_baseline_advantage",
-            "loop",
-            credit.optimal_token_baseline(),
-            index=index,
-            old_log_probs=batch.logprobs,
-            sum_pi_squared=squares,
-        ),
+        {
+            **pair(
+                "optimal_token_baseline",
+                "compute_optimal_token_baseline_advantage",
+                "loop",
+                credit.optimal_token_baseline(),
+                index=index,
+                old_log_probs=batch.logprobs,
+                sum_pi_squared=squares,
+                response_mask=whole.action_mask.float(),
+            ),
+            "batch": whole,  # it measures responses in actions but compares positions
+        },
     ]
 
 
@@ -392,7 +402,7 @@ def loaded(path: Path, name: str) -> Any:
 
 def tempo_pair(path: Path, batch: Rollouts) -> dict[str, Any]:
     f = loaded(path, "tempo_core_algos").compute_tempo_outcome_advantage
-    whole = batch.replace(action_mask=torch.arange(batch.width) < batch.lengths[:, None])  # it stops at the first gap
+    whole = without_gaps(batch)  # it stops at the first gap
     given = {
         "token_level_rewards": scored(whole),
         "responses": whole.tokens,
@@ -413,7 +423,7 @@ def pure_pair(path: Path, batch: Rollouts) -> dict[str, Any]:
     weight = (-(scores - low[steps.row]) / 0.1).exp()
     weight = weight / torch.zeros(batch.batch).index_add(0, steps.row, weight)[steps.row]
     rewards = torch.zeros(batch.action_mask.shape)
-    whole = batch.replace(action_mask=torch.arange(batch.width) < batch.lengths[:, None])
+    whole = without_gaps(batch)
     rewards[steps.row, steps.stop - 1] = weight * scores
     given = {"token_level_rewards": rewards, "eos_mask": whole.action_mask.float(), "index": labels(batch.group_ids)}
     return {"peer": "PURE", "kind": "loop", "ours": ours, "batch": whole, "theirs": lambda: f(**given)[0]}

@@ -39,45 +39,36 @@ def methods(*, json: bool = False) -> int:
 
 def _row(name: str) -> dict[str, Any]:
     function = getattr(credit, name)
-    doc = inspect.getdoc(function) or ""
     made = None if kind_of(name) == "combinator" else bound(function)
-    return {
-        "name": name,
-        "kind": kind_of(name),
-        "needs": list(made.requires) if made else [],
-        "scope": made.scope if made else None,
-        "group_of": made.needs_group_of if made else None,
-        "about": doc.partition("\n")[0],
-        "cost": _field(doc, "Cost"),
-        "source": _field(doc, "Source"),
-        "dialects": sorted(dialects_of(function)),
-        "expression": repr(made) if made else None,
-    }
+    row = _told(name, kind_of(name), function, made.requires if made else ())
+    if made:
+        row |= {"scope": made.scope, "group_of": made.needs_group_of, "expression": repr(made)}
+    return row | {"dialects": sorted(dialects_of(function))}
 
 
 def _others(kind: str, room: Any) -> list[dict[str, Any]]:
     """What a room exports with a source of its own."""
-    rows = []
-    for name in room.__all__:
-        found = getattr(room, name)
-        doc = inspect.getdoc(found) or ""
-        if "Source:" in doc:
-            needs = getattr(found, "requires", ())
-            rows.append(
-                {
-                    "name": f"{room.__name__.rpartition('.')[2]}.{name}",
-                    "kind": kind,
-                    "needs": list(needs) if isinstance(needs, tuple) else [],
-                    "scope": None,
-                    "group_of": None,
-                    "about": doc.partition("\n")[0],
-                    "cost": _field(doc, "Cost"),
-                    "source": _field(doc, "Source"),
-                    "dialects": [],
-                    "expression": None,
-                }
-            )
-    return rows
+    short = room.__name__.rpartition(".")[2]
+    found = {name: getattr(room, name) for name in room.__all__}
+    sourced = {name: x for name, x in found.items() if "Source:" in (inspect.getdoc(x) or "")}
+    return [_told(f"{short}.{name}", kind, x, getattr(x, "requires", ())) for name, x in sourced.items()]
+
+
+def _told(name: str, kind: str, found: Any, needs: Any) -> dict[str, Any]:
+    """A row with what the docstring says; `needs` is a tuple, or a property of a class that depends on settings."""
+    doc = inspect.getdoc(found) or ""
+    return {
+        "name": name,
+        "kind": kind,
+        "needs": list(needs) if isinstance(needs, tuple) else [],
+        "scope": None,
+        "group_of": None,
+        "about": doc.partition("\n")[0],
+        "cost": _field(doc, "Cost"),
+        "source": _field(doc, "Source"),
+        "dialects": [],
+        "expression": None,
+    }
 
 
 def _field(doc: str, name: str) -> str | None:

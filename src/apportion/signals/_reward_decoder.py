@@ -116,7 +116,35 @@ def _mean(values: Tensor, kept: Tensor) -> Float[Tensor, ""]:
 # ---- decoders ---------------------------------------------------------------------------------------------------------
 
 
-class LinearDecoder:
+class _Decoder:
+    """A measure of the signal "decoded" over the steps; `_decoded` is None before an episode has taught."""
+
+    factors: str
+    outcome: str
+    spans: str
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """The reward of each step."""
+        return ("signals.decoded",)
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """The factors; outcomes are read by `update` alone."""
+        return (f"spans.{self.spans}", f"signals.{self.factors}")
+
+    def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
+        """`{"decoded": [S]}`, in the dtype of the factors."""
+        phi = _factors_of(rollouts, self.factors, self.spans)
+        decoded = self._decoded(phi)
+        unknown = phi.new_full((len(phi),), torch.nan)
+        return {"decoded": Signal(unknown if decoded is None else decoded.to(phi.dtype), self.spans)}
+
+    def _decoded(self, phi: Tensor) -> Tensor | None:
+        raise NotImplementedError
+
+
+class LinearDecoder(_Decoder):
     """Step rewards as a weighted sum of the factors, by least squares on the returns of all episodes seen so far.
 
         g_(e,t) = w . phi_(e,t),  w = argmin of the sum over episodes of ((w . sum of phi - Y) / L)^2
@@ -147,22 +175,8 @@ class LinearDecoder:
         self._moments: tuple[Tensor, Tensor] | None = None
         self.weights: Float[Tensor, " D"] | None = None
 
-    @property
-    def provides(self) -> tuple[str, ...]:
-        """The reward of each step."""
-        return ("signals.decoded",)
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """The factors; outcomes are read by `update` alone."""
-        return (f"spans.{self.spans}", f"signals.{self.factors}")
-
-    def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
-        """`{"decoded": [S]}`, in the dtype of the factors."""
-        phi = _factors_of(rollouts, self.factors, self.spans)
-        if self.weights is None:
-            return {"decoded": Signal(phi.new_full((len(phi),), torch.nan), self.spans)}
-        return {"decoded": Signal((phi.double() @ self.weights.to(phi.device)).to(phi.dtype), self.spans)}
+    def _decoded(self, phi: Tensor) -> Tensor | None:
+        return None if self.weights is None else phi.double() @ self.weights.to(phi.device)
 
     def update(self, rollouts: Rollouts, credit: Credit | None = None) -> dict[str, float]:
         """Learn from these episodes too; decoder/loss (`rd_loss` on them, after) and decoder/episodes (how many taught)."""
@@ -188,7 +202,7 @@ class LinearDecoder:
         self._moments, self.weights = state["moments"], state["weights"]
 
 
-class MLPDecoder:
+class MLPDecoder(_Decoder):
     """Step rewards by a small network on the factors, trained on the returns of whole episodes.
 
     `g = f(phi)`, each `update` taking `steps` gradient steps of Adam on `rrd_loss`, or on `rd_loss` with `samples=None`.
@@ -231,23 +245,9 @@ class MLPDecoder:
         self._model: torch.nn.Sequential | None = None
         self._optimizer: torch.optim.Optimizer | None = None
 
-    @property
-    def provides(self) -> tuple[str, ...]:
-        """The reward of each step."""
-        return ("signals.decoded",)
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """The factors; outcomes are read by `update` alone."""
-        return (f"spans.{self.spans}", f"signals.{self.factors}")
-
-    def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
-        """`{"decoded": [S]}`, in the dtype of the factors."""
-        phi = _factors_of(rollouts, self.factors, self.spans)
-        if self._model is None:
-            return {"decoded": Signal(phi.new_full((len(phi),), torch.nan), self.spans)}
-        with torch.no_grad():
-            return {"decoded": Signal(self._model(phi.float())[:, 0].to(phi.dtype), self.spans)}
+    @torch.no_grad()
+    def _decoded(self, phi: Tensor) -> Tensor | None:
+        return None if self._model is None else self._model(phi.float())[:, 0]
 
     def update(self, rollouts: Rollouts, credit: Credit | None = None) -> dict[str, float]:
         """Learn from these episodes; decoder/loss (mean over the gradient steps) and decoder/episodes (how many taught)."""

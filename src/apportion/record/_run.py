@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from apportion.record._files import write_synced, write_whole
 from apportion.types import Credit, Rollouts
 
 _PACKAGES = ("apportion", "torch", "transformers", "peft", "numpy", "pyarrow", "math-verify", "reasoning-gym", "openai")
@@ -45,7 +46,7 @@ class RunWriter:
         _make_folder(path)
         _probe(path)
         (path / "rollouts").mkdir()
-        _write_whole(path / "run.json", json.dumps({**_environment(), **_plain(info)}, indent=2).encode() + b"\n")
+        write_whole(path / "run.json", json.dumps({**_environment(), **_plain(info)}, indent=2).encode() + b"\n")
         return cls(path)
 
     @classmethod
@@ -70,7 +71,7 @@ class RunWriter:
         sink = pa.BufferOutputStream()
         pq.write_table(to_table(step, rollouts, credit), sink, compression="zstd")
         path = self.path / "rollouts" / f"step-{step:06d}.parquet"
-        _write_whole(path, sink.getvalue())
+        write_whole(path, sink.getvalue())
         return path
 
     def metrics(self, step: int, kind: str, **numbers: Any) -> None:
@@ -167,7 +168,7 @@ def _probe(path: Path) -> None:
     """Really write a little: permissions do not tell about full disks, quotas or read-only mounts."""
     probe = path / "probe.tmp"
     try:
-        _write_synced(probe, bytes(_PROBE_BYTES))
+        write_synced(probe, bytes(_PROBE_BYTES))
     except OSError as error:
         raise OSError(
             f"{path} cannot be written to: {error.strerror}. Free some space, or choose a folder on another disk."
@@ -175,30 +176,6 @@ def _probe(path: Path) -> None:
     finally:
         with suppress(OSError):
             probe.unlink()
-
-
-def _write_whole(path: Path, data: Any) -> None:
-    """The file is either what it was or all of `data`, also after a kill or a power cut."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        _write_synced(beside, data)
-        os.replace(beside, path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write_synced(path: Path, data: Any) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _mend(path: Path) -> None:

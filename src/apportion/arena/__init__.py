@@ -1,0 +1,24 @@
+"""How right is credit? Small worlds whose exact advantages are known, and every method measured against them."""
+
+from apportion.arena._bars import exact_advantage, random_credit
+from apportion.arena._episodes import Cost, Episodes, World
+from apportion.arena._measures import MEASURES, Estimate, Yardstick
+from apportion.arena.worlds.denoising import Denoising
+from apportion.arena.worlds.hackable import Hackable
+from apportion.arena.worlds.rooms import Rooms
+from apportion.arena.worlds.trees import Trees
+
+__all__ = [
+    "Cost",
+    "Denoising",
+    "Episodes",
+    "Estimate",
+    "Hackable",
+    "MEASURES",
+    "Rooms",
+    "Trees",
+    "World",
+    "Yardstick",
+    "exact_advantage",
+    "random_credit",
+]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from apportion.types import Rollouts, Signal
 
+_NOISE = 987_654_321  # the noise of a seed is not what a world draws first from the same seed
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -66,7 +68,7 @@ class Episodes:
 
     def __post_init__(self) -> None:
         """The truth travels as signals too, for the two bars of `_bars.py`."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed + _NOISE)
         noise = torch.randn(self.advantages.shape, generator=generator, dtype=torch.float64)
         truth = {"exact": Signal(self.advantages.double(), "token"), "noise": Signal(noise, "token")}
         object.__setattr__(self, "rollouts", self.rollouts.with_signals(**truth))

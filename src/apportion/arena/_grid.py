@@ -1,18 +1,24 @@
 """The cells there are: every world measured with its knobs turned, methods trained, claims of papers held against worlds."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from apportion.arena import claims
 from apportion.arena._cells import Result
 from apportion.arena._episodes import Episodes, World
+from apportion.arena._learned import with_learned
+from apportion.arena._learning import DEFAULT_LEARNERS, Student, learn, price
 from apportion.arena._measures import Yardstick, estimate_of
 from apportion.arena._methods import BARS, cost, every_method, missing
+from apportion.arena._table_student import TableStudent
 from apportion.credit import Estimator, grpo
 
 Resolve = Callable[[str], Estimator]
@@ -64,7 +70,7 @@ class Measured:
     def compute(self, found: Result | None, folder: Path) -> Result:
         """As `Cell.compute`."""
         rows = self._standing(found)
-        episodes = self.world.episodes(self.groups, self.size, self.seed)
+        episodes = with_learned(self.world, self.world.episodes(self.groups, self.size, self.seed))
         yardstick = Yardstick(episodes)
         base = None if missing(grpo(), episodes) else yardstick.samples(grpo()(episodes.rollouts))
         fresh = {n: _row(_method(n, self.resolve), episodes, yardstick, base) for n in self.methods if n not in rows}
@@ -130,7 +136,8 @@ class Trained:
     @property
     def path(self) -> str:
         """`learning/rooms/grpo/3.json`."""
-        return f"learning/{self.name}/{_as_path(self.method)}/{self.seed}.json"
+        method = re.sub(r"[^\w.=-]+", "_", self.method)
+        return f"learning/{self.name}/{method}/{self.seed}.json"
 
     @property
     def _stamp(self) -> Result:
@@ -184,7 +191,8 @@ class Claimed:
 
     def compute(self, found: Result | None, folder: Path) -> Result:
         """As `Cell.compute`."""
-        decided = getattr(claims, self.claim)(quick=self.quick)
+        by_name = {function.__name__: function for function in claims.CLAIMS}
+        decided = by_name[self.claim](quick=self.quick)
         return {"kind": "claims", "name": self.claim, "quick": self.quick, "seed": 0} | _claimed(decided)
 
 
@@ -197,7 +205,7 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
 
     The first values of a knob are those of `--quick`.
     """
-    from apportion.arena.worlds import trees
+    from apportion.arena.worlds import budgets, denoising, hackable, rooms, trees
 
     sizes, errors = (2, 32, 4, 16, 64), (0.4, 0.0, 0.2, 0.3)
     return {
@@ -210,9 +218,34 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
                 "where": ("early", "late"),
                 "decisions": (1, 2, 4),
                 "verifier_error": (0.1, 0.2, 0.4),
-                "critic_error": (0.0, 0.2, 0.4),
+                "critic_error": (0.0, 0.02, 0.4),
             },
         ),
+        "rooms": (
+            rooms.Rooms(),
+            {
+                "size": sizes,
+                "verdict_error": errors,
+                "length": (40, 6, 20),
+                "critic_error": (0.0, 0.02, 0.4),
+                "observe": (False,),
+            },
+        ),
+        "denoising": (
+            denoising.Denoising(),
+            {"size": sizes, "length": (16, 4), "verifier_error": (0.1, 0.3), "forks": ((),)},
+        ),
+        "hackable": (
+            hackable.Hackable(),
+            {
+                "size": sizes,
+                "verdict_error": errors,
+                "length": (20, 6),
+                "gaming": (0.0, 0.5),
+                "filler": (0, 4),
+            },
+        ),
+        "budgets": (budgets.Budgets(), {"size": sizes}),
     }
 
 
@@ -234,6 +267,29 @@ def measured(
                     yield Measured(name, world, turned, names, resolve, size=value)
                 else:
                     yield Measured(name, _turned(world, knob, value), turned, names, resolve)
+
+
+PLANS: Mapping[str, Plan] = {"rooms": Plan(tokens=200_000, rate=0.05), "arithmetic": Plan(tokens=1_000_000, rate=3e-4)}
+"""The worlds that are learned in."""
+
+
+def trained(
+    *,
+    methods: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    resolve: Resolve,
+) -> Iterator[Trained]:
+    """Every method in every world that is learned in, once per seed; first one seed of everything, then the next."""
+    for seed in seeds:
+        for name in only or PLANS:
+            for method in methods or DEFAULT_LEARNERS:
+                yield Trained(name, worlds()[name][0], method, resolve, seed, PLANS[name])
+
+
+def claimed(*, quick: bool) -> Iterator[Claimed]:
+    """Every claim."""
+    return (Claimed(function.__name__, quick) for function in claims.CLAIMS)
 
 
 def student_of(world: World, seed: int) -> Student:

@@ -1,0 +1,85 @@
+"""HICRA and UCAS: credit that keeps a policy exploring."""
+
+from collections.abc import Mapping, Sequence
+
+from apportion.arena._learning import mean_interval
+from apportion.arena._measures import Estimate
+from apportion.arena.claims._core import Claim, decide
+from apportion.arena.claims._coverage import TRIES, WORLDS, Course, course, level_of_both, when
+from apportion.credit import Estimator, dr_grpo, grpo, hicra, ucas
+
+_PASS = f"held-out pass@{TRIES}"
+
+
+def hicra_keeps_plans_open(quick: bool = False) -> Claim:
+    """One policy for many problems, decisive tokens marked as planning; HICRA less its base, GRPO without deviation.
+
+    Rule, at equal tokens: shown if the entropy of planning tokens and pass@64 on held-out problems are higher, on hard and
+    on easy problems, over 20 seeds; contradicted if one is lower. Accuracy, the difference from GRPO with deviation, and
+    that at equal accuracy decide nothing.
+    """
+    decisive, others = _explored(hicra(), dr_grpo(), "planning entropy", quick)
+    _, beside = _explored(hicra(), grpo(), "planning entropy", quick, beside="GRPO with deviation")
+    return Claim(
+        method="hicra",
+        source="arXiv 2509.03646",
+        says="More credit for planning tokens keeps plans diverse: more entropy there and more pass@k than GRPO.",
+        verdict=decide(*decisive.values()),
+        numbers=decisive | others | beside,
+        because=_because(decisive, others, "the entropy of planning tokens"),
+    )
+
+
+def ucas_keeps_exploring(quick: bool = False) -> Claim:
+    """One policy for many problems, trained with UCAS and its defaults, and with GRPO.
+
+    Rule, at equal tokens: shown if the entropy of all tokens and pass@64 on held-out problems are higher, on hard and on
+    easy problems, over 20 seeds; contradicted if one is lower. Accuracy and the differences at equal accuracy decide
+    nothing.
+    """
+    decisive, others = _explored(ucas(), grpo(), "entropy", quick)
+    return Claim(
+        method="ucas",
+        source="arXiv 2510.10649",
+        says="Credit shaped by the model's confidence keeps exploration up: more entropy and more pass@k than GRPO.",
+        verdict=decide(*decisive.values()),
+        numbers=decisive | others,
+        because=_because(decisive, others, "entropy"),
+    )
+
+
+def _explored(
+    method: Estimator, base: Estimator, entropy: str, quick: bool, beside: str = "GRPO"
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """Method less base at equal tokens; and what else is told."""
+    seeds, steps = (4, 40) if quick else (20, 100)
+    decisive: dict[str, Estimate] = {}
+    others: dict[str, Estimate] = {}
+    for name, world in WORLDS.items():
+        pairs = [(course(world, method, seed, steps), course(world, base, seed, steps)) for seed in range(seeds)]
+        for what in (entropy, _PASS):
+            decisive[f"{what} over {beside}, {name}"] = _at_end(pairs, what)
+            others[f"{what} over {beside} at equal accuracy, {name}"] = _when_equal(pairs, what)
+        others[f"accuracy over {beside}, {name}"] = _at_end(pairs, "accuracy")
+    if beside != "GRPO":
+        return {}, decisive | others
+    return decisive, others
+
+
+def _at_end(pairs: Sequence[tuple[Course, Course]], what: str) -> Estimate:
+    return mean_interval([a[-1][what] - b[-1][what] for a, b in pairs])
+
+
+def _when_equal(pairs: Sequence[tuple[Course, Course]], what: str) -> Estimate:
+    levels = [level_of_both(*pair) for pair in pairs]
+    return mean_interval([when(a, x, what) - when(b, x, what) for (a, b), x in zip(pairs, levels, strict=True)])
+
+
+def _because(decisive: Mapping[str, Estimate], others: Mapping[str, Estimate], entropy: str) -> str:
+    nats = [x.value for name, x in decisive.items() if "entropy" in name]
+    tries = [x.value for name, x in decisive.items() if _PASS in name]
+    accuracy = [x.value for name, x in others.items() if name.startswith("accuracy")]
+    return (
+        f"At equal tokens {entropy} is {nats[0]:+.3f} nats on hard and {nats[1]:+.3f} on easy problems, pass@{TRIES} "
+        f"{tries[0]:+.3f} and {tries[1]:+.3f}, accuracy {accuracy[0]:+.3f} and {accuracy[1]:+.3f}."
+    )

@@ -47,7 +47,8 @@ def test_rollouts_follow_the_rules_and_are_scored_by_them(filler, gaming):
         here = slice(at, at + len(kinds))
         at += len(kinds)
         assert [KINDS[k] for k in r.signals["kind"].values[here].argmax(1)] == kinds
-        assert r.signals["label"].values[here].tolist() == [1.0 - w for w in wrong]
+        used = [k not in ("empty", "repeated") for k in kinds]
+        assert r.signals["label"].values[here].tolist() == ([not w for w in wrong] if outcome else used)
         assert r.signals["judge"].values[here].tolist() == [[float(w)] * 3 for w in wrong]
         gamed = [0.0 if kind == "wrong" else 1.0 for kind in kinds]
         score = [(1 - gaming) * h + gaming * g for h, g in zip(honest, gamed, strict=True)]

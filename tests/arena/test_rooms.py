@@ -108,7 +108,9 @@ def test_rollouts_obey_the_rules_and_turns_say_what_is_true(world, episodes):
             gained = [HANDS.index(then[1]) > HANDS.index(situation[1]) == i for i in range(2)] if not ended else [0, 0]
             assert subgoal[s].tolist() == gained
             assert reward[s] == ended
-            assert bool(wrong[s]) == (lost[-1] > 0) == (label[s] == 0)
+            assert bool(wrong[s]) == (lost[-1] > 0)
+            moved = then != situation
+            assert label[s] == (not wrong[s] if r.signals["outcome"].values[row] else moved)
         assert ended == bool(r.signals["outcome"].values[row]) == (not r.truncated[row])
         expected = [3 * lost.index(2) + 2] if 2 in lost else []
         assert episodes.mistake[row].nonzero()[:, 0].tolist() == expected

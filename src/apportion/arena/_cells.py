@@ -46,7 +46,7 @@ def run(
         workers: processes; default: one per core.
         on_cell: called with every cell that has just been finished.
     """
-    left = [cell for cell in cells if cell.todo(_read(folder / cell.path))]
+    left = unfinished(folder, cells)
     workers = min(workers or os.cpu_count() or 1, max(len(left), 1))
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
     with pool:
@@ -60,6 +60,11 @@ def run(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return len(left)
+
+
+def unfinished(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
+    """Those of which something is left to compute."""
+    return [cell for cell in cells if cell.todo(_read(folder / cell.path))]
 
 
 def _one_thread() -> None:

@@ -42,19 +42,32 @@ def statistics(logits: Float[Tensor, "B H A"], walk: Walk) -> dict[str, Signal]:
     return {k: Signal(torch.where(walk.used, v.view_as(walk.actions), 0.0), "token") for k, v in found.items()}
 
 
-def verdicts(wrong: Bool[Tensor, " S"], error: float, generator: torch.Generator) -> Mapping[str, Signal]:
+def verdicts(wrong: Bool[Tensor, " S"], error: float, generator: torch.Generator) -> dict[str, Signal]:
     """What judges say of steps, each verdict turned into its opposite with the chance `error`, independently.
 
-    `judge` [S, 3]: 1 = this critique calls the step wrong; `process` [S]: the reward of a process reward model, 1 for a
-    step it takes for right, else 0; `label` [S]: the same kind of verdict, of another judge.
+    `judge` [S, 3]: 1 = this critique calls the step wrong; `process` [S]: the score of a process reward model, 1 for a step
+    it takes for right, else 0; `margin` [S]: that score from -1 to 1, as PURE reads it.
     """
-    flips = torch.rand(len(wrong), CRITIQUES + 2, generator=generator) < error
+    flips = torch.rand(len(wrong), CRITIQUES + 1, generator=generator) < error
     found = (wrong[:, None] ^ flips).double()
-    return {
-        "judge": Signal(found[:, :CRITIQUES], "step", ("critiques",)),
-        "process": Signal(1 - found[:, -2], "step"),
-        "label": Signal(1 - found[:, -1], "step"),
-    }
+    judge = Signal(found[:, :CRITIQUES], "step", ("critiques",))
+    score = 1 - found[:, -1]
+    return {"judge": judge, "process": Signal(score, "step"), "margin": Signal(2 * score - 1, "step")}
+
+
+def thought_label(
+    wrong: Bool[Tensor, " S"],
+    used: Bool[Tensor, " S"],
+    right: Bool[Tensor, " S"],
+    error: float,
+    generator: torch.Generator,
+) -> dict[str, Signal]:
+    """`label` [S] as `tp_grpo` reads it, turned into its opposite with the chance `error`.
+
+    In a rollout that is `right`, 1 = the step is not wrong; in another, 1 = what came of it rests on the step.
+    """
+    true = torch.where(right, ~wrong, used)
+    return {"label": Signal((true ^ (torch.rand(len(true), generator=generator) < error)).double(), "step")}
 
 
 def critic(values: Float[Tensor, "K H S"], error: float, seed: int) -> Float[Tensor, "K H S"]:
@@ -71,6 +84,7 @@ def chunks(lengths: Tensor, size: int) -> Spans:
 VERDICT_COSTS = {
     "signals.judge": Cost(judge_calls=CRITIQUES),  # one reply speaks about every step
     "signals.process": Cost(passes=1),
+    "signals.margin": Cost(passes=1),
     "signals.label": Cost(judge_calls=1),
 }
-"""Of the signals of `verdicts`."""
+"""Of the signals of `verdicts` and `thought_label`."""

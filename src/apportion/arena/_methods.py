@@ -11,10 +11,13 @@ from apportion.credit._base import held
 BARS = ("exact_advantage", "random_credit")
 """What every method stands between."""
 
+_READS = {"pure": {"process": "margin"}, "process_min": {"process": "margin"}}
+"""Methods whose signal has another name in the worlds: PURE reads scores from -1 to 1."""
+
 
 @cache
 def every_method() -> dict[str, Estimator]:
-    """The two bars; every estimator of `apportion.credit` with its defaults; every transform, after GRPO.
+    """The two bars; every estimator of `apportion.credit` with its defaults (but `_READS`); every transform, after GRPO.
 
     Example:
         >>> list(every_method())[:3], every_method()["rloo"]
@@ -23,7 +26,7 @@ def every_method() -> dict[str, Estimator]:
     exported = {name: getattr(credit, name) for name in sorted(credit.__all__)}
     roles = {name: getattr(function, "role", None) for name, function in exported.items()}
     found = dict(zip(BARS, (exact_advantage(), random_credit()), strict=True))
-    found |= {name: f() for name, f in exported.items() if roles[name] in ("estimator", "alias")}
+    found |= {name: f(**_READS.get(name, {})) for name, f in exported.items() if roles[name] in ("estimator", "alias")}
     return found | {name: chain(grpo(), f()) for name, f in exported.items() if roles[name] == "transform"}
 
 

@@ -15,18 +15,22 @@ def hicra_keeps_plans_open(quick: bool = False) -> Claim:
     """One policy for many problems, decisive tokens marked as planning; HICRA less its base, GRPO without deviation.
 
     Rule, at equal tokens: shown if the entropy of planning tokens and pass@64 on held-out problems are higher, on hard and
-    on easy problems, over 20 seeds; contradicted if one is lower. Accuracy, the difference from GRPO with deviation, and
-    that at equal accuracy decide nothing.
+    on easy problems, over 20 seeds; contradicted if one is lower. Accuracy, the differences at equal accuracy, and those
+    from GRPO with deviation decide nothing.
     """
-    decisive, others = _explored(hicra(), dr_grpo(), "planning entropy", quick)
-    _, beside = _explored(hicra(), grpo(), "planning entropy", quick, beside="GRPO with deviation")
+    decisive, others = _explored(hicra(), dr_grpo(), "planning entropy", *_size(quick))
+    beside = {
+        f"{name}, with deviation": x
+        for name, x in _explored(hicra(), grpo(), "planning entropy", *_size(quick))[0].items()
+    }
     return Claim(
         method="hicra",
         source="arXiv 2509.03646",
         says="More credit for planning tokens keeps plans diverse: more entropy there and more pass@k than GRPO.",
         verdict=decide(*decisive.values()),
         numbers=decisive | others | beside,
-        because=_because(decisive, others, "the entropy of planning tokens"),
+        because=f"{_told(decisive, others)}; over GRPO with deviation entropy {_values(beside, 'entropy')} and pass@{TRIES} "
+        f"{_values(beside, _PASS)}.",
     )
 
 
@@ -37,32 +41,34 @@ def ucas_keeps_exploring(quick: bool = False) -> Claim:
     easy problems, over 20 seeds; contradicted if one is lower. Accuracy and the differences at equal accuracy decide
     nothing.
     """
-    decisive, others = _explored(ucas(), grpo(), "entropy", quick)
+    decisive, others = _explored(ucas(), grpo(), "entropy", *_size(quick))
     return Claim(
         method="ucas",
         source="arXiv 2510.10649",
         says="Credit shaped by the model's confidence keeps exploration up: more entropy and more pass@k than GRPO.",
         verdict=decide(*decisive.values()),
         numbers=decisive | others,
-        because=_because(decisive, others, "entropy"),
+        because=f"{_told(decisive, others)}.",
     )
 
 
+def _size(quick: bool) -> tuple[int, int]:
+    """Seeds and steps."""
+    return (4, 20) if quick else (20, 100)
+
+
 def _explored(
-    method: Estimator, base: Estimator, entropy: str, quick: bool, beside: str = "GRPO"
+    method: Estimator, base: Estimator, entropy: str, seeds: int, steps: int
 ) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """Method less base at equal tokens; and what else is told."""
-    seeds, steps = (4, 40) if quick else (20, 100)
+    """Method less base at equal tokens; and what decides nothing."""
     decisive: dict[str, Estimate] = {}
     others: dict[str, Estimate] = {}
     for name, world in WORLDS.items():
         pairs = [(course(world, method, seed, steps), course(world, base, seed, steps)) for seed in range(seeds)]
         for what in (entropy, _PASS):
-            decisive[f"{what} over {beside}, {name}"] = _at_end(pairs, what)
-            others[f"{what} over {beside} at equal accuracy, {name}"] = _when_equal(pairs, what)
-        others[f"accuracy over {beside}, {name}"] = _at_end(pairs, "accuracy")
-    if beside != "GRPO":
-        return {}, decisive | others
+            decisive[f"{what} over GRPO, {name}"] = _at_end(pairs, what)
+            others[f"{what} over GRPO at equal accuracy, {name}"] = _when_equal(pairs, what)
+        others[f"accuracy over GRPO, {name}"] = _at_end(pairs, "accuracy")
     return decisive, others
 
 
@@ -75,11 +81,13 @@ def _when_equal(pairs: Sequence[tuple[Course, Course]], what: str) -> Estimate:
     return mean_interval([when(a, x, what) - when(b, x, what) for (a, b), x in zip(pairs, levels, strict=True)])
 
 
-def _because(decisive: Mapping[str, Estimate], others: Mapping[str, Estimate], entropy: str) -> str:
-    nats = [x.value for name, x in decisive.items() if "entropy" in name]
-    tries = [x.value for name, x in decisive.items() if _PASS in name]
-    accuracy = [x.value for name, x in others.items() if name.startswith("accuracy")]
+def _told(decisive: Mapping[str, Estimate], others: Mapping[str, Estimate]) -> str:
     return (
-        f"At equal tokens {entropy} is {nats[0]:+.3f} nats on hard and {nats[1]:+.3f} on easy problems, pass@{TRIES} "
-        f"{tries[0]:+.3f} and {tries[1]:+.3f}, accuracy {accuracy[0]:+.3f} and {accuracy[1]:+.3f}."
+        f"At equal tokens entropy changes by {_values(decisive, 'entropy')} nats on hard and easy problems, pass@{TRIES} by "
+        f"{_values(decisive, _PASS)}, accuracy by {_values(others, 'accuracy over')}; at equal accuracy pass@{TRIES} by "
+        f"{_values(others, _PASS)}"
     )
+
+
+def _values(numbers: Mapping[str, Estimate], what: str) -> str:
+    return " and ".join(f"{x.value:+.3f}" for name, x in numbers.items() if what in name)

@@ -8,7 +8,8 @@ from apportion.credit import nsr, psr
 
 _SOURCE = "arXiv 2506.01347"
 _PASS = f"held-out pass@{TRIES}"
-_LOST, _KEPT, _AT_END = "lost by PSR", "of NSR over PSR at equal accuracy", "of NSR over PSR at equal tokens"
+_LOST, _KEPT = "lost by PSR", "of NSR over PSR at equal accuracy"
+_AT_END, _CHANGE = "of NSR over PSR at equal tokens", "of NSR over the start"
 
 
 def nsr_loses_less_than_psr(quick: bool = False) -> Claim:
@@ -18,7 +19,7 @@ def nsr_loses_less_than_psr(quick: bool = False) -> Claim:
     reached. Rule: shown if there PSR has less pass@64 than at the start, and NSR more than PSR, on hard and on easy
     problems; contradicted if one of these is the other way round. The difference at equal tokens decides nothing.
     """
-    found = {name: _compared(name, quick) for name in WORLDS}
+    found = {name: _compared(name, *_size(quick)) for name in WORLDS}
     lost, kept, at_end = (
         {f"pass@{TRIES} {what}, {name}": numbers[what] for name, numbers in found.items()}
         for what in (_LOST, _KEPT, _AT_END)
@@ -40,10 +41,7 @@ def nsr_keeps_pass_at_k(quick: bool = False) -> Claim:
 
     Rule: shown if NSR has not less than at the start, on hard and on easy problems; contradicted if it has less on one.
     """
-    kept = {}
-    for name in WORLDS:
-        numbers = _compared(name, quick)
-        kept[f"change of pass@{TRIES} under NSR, {name}"] = numbers["change"]
+    kept = {f"change of pass@{TRIES} under NSR, {name}": _compared(name, *_size(quick))[_CHANGE] for name in WORLDS}
     return Claim(
         method="nsr",
         source=_SOURCE,
@@ -55,9 +53,13 @@ def nsr_keeps_pass_at_k(quick: bool = False) -> Claim:
     )
 
 
-def _compared(name: str, quick: bool) -> dict[str, Estimate]:
-    seeds, steps = (4, 40) if quick else (40, 100)
-    found: dict[str, list[float]] = {_LOST: [], _KEPT: [], _AT_END: [], "change": []}
+def _size(quick: bool) -> tuple[int, int]:
+    """Seeds and steps."""
+    return (4, 40) if quick else (40, 100)
+
+
+def _compared(name: str, seeds: int, steps: int) -> dict[str, Estimate]:
+    found: dict[str, list[float]] = {_LOST: [], _KEPT: [], _AT_END: [], _CHANGE: []}
     for seed in range(seeds):
         positive, negative = (course(WORLDS[name], method, seed, steps) for method in (psr(), nsr()))
         level = level_of_both(positive, negative)
@@ -65,7 +67,7 @@ def _compared(name: str, quick: bool) -> dict[str, Estimate]:
         found[_LOST].append(start - of_psr)
         found[_KEPT].append(of_nsr - of_psr)
         found[_AT_END].append(negative[-1][_PASS] - positive[-1][_PASS])
-        found["change"].append(of_nsr - start)
+        found[_CHANGE].append(of_nsr - start)
     return {what: mean_interval(values) for what, values in found.items()}
 
 

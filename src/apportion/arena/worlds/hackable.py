@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from apportion.arena._episodes import Cost, Episodes
-from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, verdicts
+from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, thought_label, verdicts
 from apportion.arena._tables import Table
 from apportion.types import Rollouts, Signal, Spans
 
@@ -163,12 +163,15 @@ class Hackable:
         score = torch.where(torch.rand(len(kind), generator=generator) < self.verdict_error, 1 - score, score)
         r = from_walk(walk, group_ids, table).with_spans(step=steps)
         greedy = table.walk(prompts)
+        outcome = torch.where(flipped, 1 - walk.outcome, walk.outcome)
+        used = (kind != _EMPTY) & (kind != _REPEATED)
         truth = {"kind": Signal(one_hot(kind, len(KINDS)).double(), "step", ("kinds",))}
         scores = {"process": Signal(score, "step"), "margin": Signal(2 * score - 1, "step")}
         r = r.replace(values=table.at(critic(table.values, self.critic_error, seed=1), walk)).with_signals(
-            outcome=Signal(torch.where(flipped, 1 - walk.outcome, walk.outcome), "trajectory"),
+            outcome=Signal(outcome, "trajectory"),
             greedy_outcome=Signal(greedy.outcome, "group"),
             **{**verdicts(wrong, self.verdict_error, generator), **scores, **truth},
+            **thought_label(wrong, used, outcome[steps.row] == 1, self.verdict_error, generator),
         )
         number = torch.arange(len(steps))
         first = torch.full_like(group_ids, -1).scatter_reduce_(

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from apportion.arena._episodes import Cost, Episodes
-from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, verdicts
+from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, thought_label, verdicts
 from apportion.arena._tables import Table, Walk
 from apportion.types import Rollouts, Signal, Spans
 
@@ -192,7 +192,8 @@ class Rooms:
         flipped = torch.rand(len(groups), generator=generator) < self.verifier_error
         outcome = torch.where(flipped, 1 - walk.outcome, walk.outcome)
         hands = torch.stack([actions == _TAKE, actions == _OPEN], 1)
-        achieved = hands & (table.follows[walk.prompts[row], states, actions] != states)[:, None]
+        moved = table.follows[walk.prompts[row], states, actions] != states
+        achieved = hands & moved[:, None]
         misjudged = torch.rand(achieved.shape, generator=generator) < self.verdict_error
         values = table.at(critic(table.values, self.critic_error, seed=1), walk)
         macro = chunks(walk.lengths, _MACRO)
@@ -211,6 +212,7 @@ class Rooms:
             duration=Signal(torch.tensor(_SECONDS, dtype=torch.float64)[actions], "turn"),
             greedy_outcome=Signal(greedy.outcome, "group"),
             **verdicts(wrong[row, turn], self.verdict_error, generator),
+            **thought_label(wrong[row, turn], moved, outcome[row] == 1, self.verdict_error, generator),
         )
 
     # ---- from choices to positions ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.arena._episodes import Cost, Episodes
-from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, verdicts
+from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, thought_label, verdicts
 from apportion.arena._tables import Table
 from apportion.types import Signal
 
@@ -122,11 +122,14 @@ class Trees:
         began = torch.zeros(len(steps), dtype=torch.bool).index_fill_(0, step_ids[first], True)
         decisive = torch.zeros_like(walk.used)
         decisive[:, self.places] = True
+        outcome = torch.where(flipped, 1 - walk.outcome, walk.outcome)
+        used = torch.zeros(len(steps), dtype=torch.bool).index_fill_(0, step_ids[:, self.places].flatten(), True)
         r = r.replace(values=table.at(critic(table.values, self.critic_error, seed=1), walk)).with_signals(
-            outcome=Signal(torch.where(flipped, 1 - walk.outcome, walk.outcome), "trajectory"),
+            outcome=Signal(outcome, "trajectory"),
             greedy_outcome=Signal(table.walk(prompts).outcome, "group"),
             planning=Signal(decisive.double(), "token"),
             **verdicts(slipped, self.verdict_error, generator),
+            **thought_label(slipped, used, outcome[steps.row] == 1, self.verdict_error, generator),
         )
         return Episodes(
             rollouts=r,

@@ -205,7 +205,7 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
 
     The first values of a knob are those of `--quick`.
     """
-    from apportion.arena.worlds import budgets, denoising, hackable, rooms, trees
+    from apportion.arena.worlds import arithmetic, budgets, denoising, hackable, rooms, trees
 
     sizes, errors = (2, 32, 4, 16, 64), (0.4, 0.0, 0.2, 0.3)
     return {
@@ -218,6 +218,20 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
                 "where": ("early", "late"),
                 "decisions": (1, 2, 4),
                 "verifier_error": (0.1, 0.2, 0.4),
+                "critic_error": (0.0, 0.02, 0.4),
+            },
+        ),
+        "arithmetic": (
+            arithmetic.Arithmetic(),
+            {
+                "size": (2, 16, 4),
+                "verdict_error": errors,
+                "terms": (6, 3),
+                "error_rate": (0.1, 0.4),
+                "correction": (0.0,),
+                "harmless": (0.0,),
+                "padding": (0.0, 0.4),
+                "verifier_error": (0.1, 0.2),
                 "critic_error": (0.0, 0.02, 0.4),
             },
         ),

@@ -19,14 +19,14 @@ OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="N")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 
 
-def call(command: Callable[..., int], argv: Sequence[str]) -> int:
-    """Parse `argv` for a command and run it. The help is its docstring, up to "Args:"."""
+def call(command: Callable[..., int], argv: Sequence[str], name: str | None = None) -> int:
+    """Parse `argv` for a command and run it. The help is its docstring, up to "Args:"; `name`, if it is not its own."""
 
     @wraps(command)
     def later(*args: Any, **options: Any) -> Callable[[], int]:
         return partial(command, *args, **options)
 
-    return call_with(later, argv, command.__name__, lambda parsed: parsed())
+    return call_with(later, argv, name or command.__name__, lambda parsed: parsed())
 
 
 def call_with(shape: Callable[..., Any], argv: Sequence[str], name: str, run: Callable[[Any], int]) -> int:

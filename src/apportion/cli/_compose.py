@@ -159,7 +159,7 @@ def dialects_of(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 def _own(text: str) -> credit.Estimator:
     module_name, _, attribute = text.partition(":")
-    found = _found(module_name, attribute)
+    found = imported(module_name, attribute)
     if inspect.isclass(found) or (not isinstance(found, credit.Estimator) and _callable_bare(found)):
         found = found()
     if isinstance(found, credit.Estimator):
@@ -174,7 +174,8 @@ def _own(text: str) -> credit.Estimator:
     )
 
 
-def _found(module_name: str, attribute: str) -> Any:
+def imported(module_name: str, attribute: str) -> Any:
+    """What the user's own `module:attribute` names; modules of the working directory are found."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

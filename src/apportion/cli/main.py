@@ -15,6 +15,7 @@ COMMANDS = {
     "show": "Show one rollout as a heat map of credit, with the sum behind each number.",
     "methods": "List the credit methods and what they need.",
     "tasks": "List the tasks.",
+    "arena": "Measure how right every credit method is, in worlds whose exact advantages are known.",
     "doctor": "Say what this installation can do, and how to get the rest.",
 }
 _HELP = """usage: apportion COMMAND [options]
@@ -36,14 +37,8 @@ apportion COMMAND --help explains one command. APPORTION_DEBUG=1 shows the trace
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 fine, 1 the answer is no, 2 a mistake in the call, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_HELP.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())))
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(metadata.version("apportion"))
-        return 0
     try:
-        return _run(argv[0], argv[1:])
+        return _run(argv)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone, as in `apportion methods | head -3`
@@ -58,12 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _run(name: str, argv: list[str]) -> int:
-    if name not in COMMANDS:
+def _run(argv: list[str]) -> int:
+    name = argv[0] if argv else ""
+    if name in ("", "-h", "--help", "help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())))
+        code = 0 if argv else 2
+    elif name == "--version":
+        print(metadata.version("apportion"))
+        code = 0
+    elif name not in COMMANDS:
         print(f"apportion: there is no command {name!r}. {nearest(name, COMMANDS)}", file=sys.stderr)
-        return 2
-    command = import_module(f"apportion.cli.{name}")
-    code: int = command.main(argv)
+        code = 2
+    else:
+        code = import_module(f"apportion.cli.{name}").main(argv[1:])
     sys.stdout.flush()
     return code
 

@@ -12,7 +12,11 @@ from apportion.arena.claims._branch_grpo import branch_grpo_beats_uniform
 from apportion.arena.claims._brpo import brpo_helps_long_thinking, brpo_lowers_variance
 from apportion.arena.claims._capo import capo_localises, capo_votes
 from apportion.arena.claims._core import Claim, decide, mean_of
-from apportion.arena.claims._exploration import hicra_keeps_plans_open, ucas_keeps_exploring
+from apportion.arena.claims._exploration import (
+    attention_rhythm_learns_faster,
+    hicra_keeps_plans_open,
+    ucas_keeps_exploring,
+)
 from apportion.arena.claims._gigpo import gigpo_finds_waste
 from apportion.arena.claims._lare import lare_between_companions, lare_finds_what_matters, lare_learns_from_less
 from apportion.arena.claims._ma_rlhf import ma_rlhf_learns_in_fewer_steps
@@ -44,6 +48,7 @@ CLAIMS: tuple[Callable[..., Claim], ...] = (
     nsr_keeps_pass_at_k,
     hicra_keeps_plans_open,
     ucas_keeps_exploring,
+    attention_rhythm_learns_faster,
     ma_rlhf_learns_in_fewer_steps,
     branch_grpo_beats_uniform,
 )

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from apportion.arena._episodes import Episodes
 from apportion.arena._learning import learn
 from apportion.arena._table_student import TableStudent
 from apportion.arena._tables import Table
@@ -42,7 +43,7 @@ class OnePolicy(TableStudent):
             1, *world.table.logits.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
         super().__init__(_Started(world, start))
-        self.logits = torch.nn.Parameter(start)
+        self.logits = torch.nn.Parameter(start.clone())
         self.held_out = replace(world, prompts=HELD_OUT).table
         self.places = world.places
         self.course: Course = []
@@ -82,7 +83,7 @@ class _Started:
     def table(self) -> Table:
         return _under(self.world.table, self.logits)
 
-    def played(self, table: Table, groups: int, size: int, seed: int):  # type: ignore[no-untyped-def]
+    def played(self, table: Table, groups: int, size: int, seed: int) -> Episodes:
         return self.world.played(table, groups, size, seed)
 
 

@@ -17,6 +17,7 @@ from apportion.arena.claims._coverage import TRIES, WORLDS, OnePolicy, course, l
 from apportion.arena.claims._gigpo import gigpo_finds_waste, separation
 from apportion.arena.worlds.denoising import Denoising
 from apportion.arena.worlds.rooms import Rooms
+from apportion.credit import Estimator
 from apportion.signals import fixed_ngrams
 
 SMALL = replace(WORLDS["hard problems"], prompts=4, length=3)
@@ -60,6 +61,22 @@ def test_it_begins_elsewhere_for_every_seed_and_the_same_for_one():
     assert torch.equal(first.logits, again.logits)
     assert not torch.equal(first.logits, other.logits)
     torch.testing.assert_close(first.table.logits[0], first.table.logits[-1])
+
+
+def test_held_out_problems_are_others():
+    for world in WORLDS.values():
+        student = OnePolicy(world, seed=0)
+        tried, held_out = ((t.reward > 0).flatten(1) for t in (student.world.table, student.held_out))
+        same = (tried[:, None] == held_out).all(-1)
+        assert float(same.double().mean()) < 0.002  # two of the easy problems may accept the same few choices
+
+
+def test_training_leaves_the_start_alone():
+    student = OnePolicy(SMALL, seed=0)
+    before = student.world.table.logits.clone()
+    with torch.no_grad():
+        student.logits += 1
+    assert torch.equal(student.world.table.logits, before)
 
 
 def test_psr_and_nsr_follow_the_same_gradient_on_average():
@@ -116,6 +133,25 @@ def test_claims_of_learning_count_both_worlds(monkeypatch: pytest.MonkeyPatch):
         assert all(any(world in name for name in found.numbers) for world in WORLDS)
 
 
+def test_attention_rhythm_is_judged_by_accuracy_and_its_placebo_reads_noise(monkeypatch: pytest.MonkeyPatch):
+    assert {"signals.waad", "signals.fai"} <= set(exploration._RHYTHMS["attention rhythm"].requires)
+    placebo = set(exploration._RHYTHMS["random numbers"].requires)
+    assert "signals.noise" in placebo
+    assert not {"signals.waad", "signals.fai"} & placebo
+
+    def sums(method: Estimator, seed: int, tokens: int) -> Curve:
+        end = 0.5 + 0.1 * (method is exploration._RHYTHMS["attention rhythm"]) + 0.01 * seed
+        return Curve((0, tokens), (0.5, end), *[(0.0, 0.0)] * 3)
+
+    monkeypatch.setattr(exploration, "_sums", sums)
+    found = exploration.attention_rhythm_learns_faster()
+    check(found)
+    assert found.verdict == "shown"
+    for other in ("GRPO", "random numbers"):
+        assert found.numbers[f"mean accuracy over {other}"].value == pytest.approx(0.05)
+    assert found.numbers["mean accuracy of random numbers over GRPO"].value == 0
+
+
 # ---- macro actions ----------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +179,15 @@ def test_macro_actions_learn_in_a_small_world():
     curves = ma._curves(world, ma._MACRO_ACTIONS, seeds=1, steps=4)
     assert list(curves) == [0]
     assert len(curves[0].tokens) == 3
+
+
+def test_looking_as_far_ahead_is_the_gain_where_the_critic_says_nothing():
+    over = {
+        name: ma._cosine_with_a_blind_critic(m, groups=64)
+        for name, m in (("near", ma._TOKENS), ("far", ma._OTHERS[ma._AS_FAR]))
+    }
+    assert over["near"].low > 0
+    assert abs(over["far"].value) < over["near"].value / 4
 
 
 # ---- loops ------------------------------------------------------------------------------------------------------------
@@ -217,7 +262,11 @@ def check(claim: Claim) -> None:
     """What every claim should be."""
     assert claim.verdict in ("shown", "not shown", "contradicted")
     assert claim.source.startswith("arXiv ")
-    for name, x in claim.numbers.items():
-        assert x.low - 1e-12 <= x.value <= x.high + 1e-12, name
+    for x in claim.numbers.values():
+        check_estimate(x)
     assert "nan" not in claim.because
     assert claim.because.endswith(".")
+
+
+def check_estimate(x: Estimate) -> None:
+    assert x.low - 1e-12 <= x.value <= x.high + 1e-12

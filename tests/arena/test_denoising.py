@@ -125,8 +125,8 @@ def test_methods_run_and_the_exact_advantage_is_best():
         tree_relative(scale=None),
         branch_grpo(),
     )
-    assert not any(missing(m, episodes) for m in methods)
-    assert missing(capo(), episodes)
+    assert not any(missing(m, episodes.rollouts) for m in methods)
+    assert missing(capo(), episodes.rollouts)
     best, chance, *others = [yardstick.measure(m(episodes.rollouts)) for m in methods]
     assert best["rank"].value == best["sign"].value == best["auc"].value == 1.0
     assert best["bias"].value < 0.05

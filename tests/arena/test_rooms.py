@@ -302,7 +302,7 @@ def test_without_verifier_and_critic_errors_gae_is_right_on_average():
     ids=str,
 )
 def test_methods_run_here(method, episodes):
-    assert missing(method, episodes) == []
+    assert missing(method, episodes.rollouts) == []
     credit = method(episodes.rollouts)
     assert credit.advantages.isfinite().all()
     assert torch.equal(credit.mask, episodes.rollouts.action_mask)

@@ -36,7 +36,7 @@ def measured(turned=(), size=4):
 def learned(method, seed, end, **changes):
     accuracy = (0.2, (0.2 + end) / 2, end)
     curve = Curve((0, 500, 1000), accuracy, accuracy, (1.0,) * 3, (4.0,) * 3, **changes)
-    return {"kind": "learning", "name": "trees", "method": method, "seed": seed, "curve": curve.to_json()}
+    return {"kind": "learning", "name": "trees", "method": method, "seed": seed, "level": 0.56, "curve": curve.to_json()}
 
 
 CLAIM = {
@@ -189,7 +189,7 @@ def test_learning_is_told_with_collapse_and_the_difference_to_grpo(page):
     assert rows["`gae`"][:3] == ["`gae`", "3", "1"]
     assert rows["`gae`"][4].startswith("+0.20 [")  # area: (0.2 + 0.9) / 2 against (0.2 + 0.5) / 2
     assert rows["`random_credit`"][-1] == "33%"
-    assert rows["method"][5] == "tokens to accuracy 0.56"  # half way from 0.2 to 0.91
+    assert rows["method"][5] == "tokens to accuracy 0.56"
     assert rows["`grpo`"][5] == "1,000 [1,000, 1,000], 0% of seeds"
 
 
@@ -203,7 +203,7 @@ def test_claims_are_told(page):
 
 
 def test_what_training_and_claims_write_is_what_the_page_reads(tmp_path):
-    plan = _grid.Plan(tokens=400, rate=0.05, groups=2, size=4)
+    plan = _grid.Plan(tokens=400, rate=0.05, level=0.5, groups=2, size=4)
     cells = [_grid.Trained("trees", SMALL, m, resolve, s, plan) for m in ("grpo", "gigpo") for s in (0, 1)]
     cells.append(_grid.Claimed("tempo_is_grpo", quick=True))
     for cell in cells:
@@ -326,7 +326,7 @@ def test_kinds_and_choices_make_cells():
         (["run", "--methods", "clip()"], "--methods clip() is a transform"),
         (["run", "--worlds", "nowhere:World"], "--worlds: there is no module 'nowhere' here or on PYTHONPATH."),
         (["run", "--worlds", "fractions:Fraction"], "--worlds fractions:Fraction is not a world: it has no method"),
-        (["run", "--learning", "--worlds", "trees"], "nothing is learned in trees. There is: rooms"),
+        (["run", "--learning", "--worlds", "trees"], "nothing is learned in trees. There is: rooms, arithmetic"),
     ],
 )
 def test_a_mistake_is_one_line(apportion, argv, line):

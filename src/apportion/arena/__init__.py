@@ -6,6 +6,7 @@ from apportion.arena._learned import Lesson, with_learned
 from apportion.arena._measures import MEASURES, Estimate, Yardstick
 from apportion.arena._measuring import from_walk
 from apportion.arena._tables import Table
+from apportion.arena.worlds.arithmetic import Arithmetic
 from apportion.arena.worlds.budgets import Budgets
 from apportion.arena.worlds.denoising import Denoising
 from apportion.arena.worlds.hackable import Hackable
@@ -13,6 +14,7 @@ from apportion.arena.worlds.rooms import Rooms
 from apportion.arena.worlds.trees import Trees
 
 __all__ = [
+    "Arithmetic",
     "Budgets",
     "Cost",
     "Denoising",

@@ -19,8 +19,8 @@ class Cost:
 
     Args:
         tokens: further tokens that the policy samples.
-        judge_calls: requests to a judge, or scorings of one step by a process reward model.
-        passes: further passes of a model over the rollout (critic, reference, scoring model).
+        judge_calls: replies of a judge, each about as long as the rollout it speaks about.
+        passes: further passes of a model over the rollout (critic, reference, process reward model).
     """
 
     tokens: float = 0.0

@@ -72,14 +72,14 @@ class Measured:
         rows = self._standing(found)
         episodes = with_learned(self.world, self.world.episodes(self.groups, self.size, self.seed))
         yardstick = Yardstick(episodes)
-        base = None if missing(grpo(), episodes) else yardstick.samples(grpo()(episodes.rollouts))
+        base = None if missing(grpo(), episodes.rollouts) else yardstick.samples(grpo()(episodes.rollouts))
         fresh = {n: _row(_method(n, self.resolve), episodes, yardstick, base) for n in self.methods if n not in rows}
         return self._stamp | {"truth": _truth(episodes), "methods": rows | fresh}
 
 
 def _row(method: Estimator, episodes: Episodes, yardstick: Yardstick, base: Mapping[str, Tensor] | None) -> Result:
     row: Result = {"expression": repr(method), "reads": list(method.requires)}
-    if lacking := missing(method, episodes):
+    if lacking := missing(method, episodes.rollouts):
         return row | {"absent": lacking}
     found = yardstick.samples(method(episodes.rollouts))
     spent = cost(method, episodes)
@@ -152,12 +152,20 @@ class Trained:
     def compute(self, found: Result | None, folder: Path) -> Result:
         """As `Cell.compute`; what a kill interrupts goes on from its last checkpoint."""
         method, student = _method(self.method, self.resolve), student_of(self.world, self.seed)
-        few = self.world.episodes(self.plan.groups, self.plan.size, self.seed)
-        if lacking := missing(method, few):
+        plan, unfinished = self.plan, folder / "unfinished" / self.path
+        if lacking := missing(method, student.sample(plan.groups, plan.size, self.seed)):
             return self._stamp | {"absent": lacking}
-        unfinished = folder / "unfinished" / self.path
+        spent = price(method, self.world.episodes(2, plan.size, self.seed))
         curve = learn(
-            student, method, seed=self.seed, price=price(method, few), checkpoint=unfinished, **asdict(self.plan)
+            student,
+            method,
+            tokens=plan.tokens,
+            rate=plan.rate,
+            groups=plan.groups,
+            size=plan.size,
+            seed=self.seed,
+            price=spent,
+            checkpoint=unfinished,
         )
         shutil.rmtree(unfinished, ignore_errors=True)
         return self._stamp | {"curve": curve.to_json()}
@@ -165,10 +173,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast a method is trained in a world: the same for every method."""
+    """How a method is trained in a world: the same for every method. `level` is the accuracy that is to be reached."""
 
     tokens: int
     rate: float
+    level: float
     groups: int = 16
     size: int = 8
 
@@ -224,15 +233,14 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
         "arithmetic": (
             arithmetic.Arithmetic(),
             {
-                "size": (2, 16, 4),
-                "verdict_error": errors,
+                "size": (2, 32),
+                "verdict_error": (0.4, 0.0),
                 "terms": (6, 3),
-                "error_rate": (0.1, 0.4),
+                "error_rate": (0.4,),
                 "correction": (0.0,),
                 "harmless": (0.0,),
-                "padding": (0.0, 0.4),
-                "verifier_error": (0.1, 0.2),
-                "critic_error": (0.0, 0.02, 0.4),
+                "padding": (0.4,),
+                "critic_error": (0.02,),
             },
         ),
         "rooms": (
@@ -283,8 +291,15 @@ def measured(
                     yield Measured(name, _turned(world, knob, value), turned, names, resolve)
 
 
-PLANS: Mapping[str, Plan] = {"rooms": Plan(tokens=200_000, rate=0.05), "arithmetic": Plan(tokens=1_000_000, rate=3e-4)}
-"""The worlds that are learned in."""
+@cache
+def classrooms() -> Mapping[str, tuple[World, Plan]]:
+    """The worlds that are learned in. The rooms are harder than those that are measured, so that there is more to learn."""
+    from apportion.arena.worlds import arithmetic, rooms
+
+    return {
+        "rooms": (rooms.Rooms(length=12, skill=0.75), Plan(tokens=400_000, rate=0.02, level=0.5)),
+        "arithmetic": (arithmetic.Arithmetic(), Plan(tokens=160_000, rate=5e-5, level=0.8)),
+    }
 
 
 def trained(
@@ -296,9 +311,9 @@ def trained(
 ) -> Iterator[Trained]:
     """Every method in every world that is learned in, once per seed; first one seed of everything, then the next."""
     for seed in seeds:
-        for name in only or PLANS:
+        for name in only or classrooms():
             for method in methods or DEFAULT_LEARNERS:
-                yield Trained(name, worlds()[name][0], method, resolve, seed, PLANS[name])
+                yield Trained(name, classrooms()[name][0], method, resolve, seed, classrooms()[name][1])
 
 
 def claimed(*, quick: bool) -> Iterator[Claimed]:

@@ -1,7 +1,5 @@
 """What a world measures about its rollouts besides the outcome: verdicts, a critic, statistics of the policy."""
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor

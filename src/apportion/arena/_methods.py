@@ -7,6 +7,7 @@ from apportion.arena._bars import exact_advantage, random_credit
 from apportion.arena._episodes import Cost, Episodes
 from apportion.credit import Estimator, chain, grpo
 from apportion.credit._base import held
+from apportion.types import Rollouts
 
 BARS = ("exact_advantage", "random_credit")
 """What every method stands between."""
@@ -30,9 +31,9 @@ def every_method() -> dict[str, Estimator]:
     return found | {name: chain(grpo(), f()) for name, f in exported.items() if roles[name] == "transform"}
 
 
-def missing(method: Estimator, episodes: Episodes) -> list[str]:
-    """What the method reads that this world does not measure."""
-    return [needed for needed in method.requires if held(episodes.rollouts, needed) is None]
+def missing(method: Estimator, rollouts: Rollouts) -> list[str]:
+    """What the method reads that these rollouts do not have."""
+    return [needed for needed in method.requires if held(rollouts, needed) is None]
 
 
 def cost(method: Estimator, episodes: Episodes) -> Cost:

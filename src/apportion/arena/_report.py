@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
-from apportion.arena._learning import Curve, difference, summary
+from apportion.arena._learning import difference, summary
 from apportion.arena._measures import MEASURES, Estimate
 from apportion.arena._methods import BARS
 from apportion.arena._results import (
@@ -229,7 +229,7 @@ def _cosine(cell: Result, method: str) -> Estimate:
 
 def _learning(results: Results, world: str) -> str:
     curves = results.curves(world)
-    level, budget = level_of(curves), next(iter(next(iter(curves.values())).values())).tokens[-1]
+    level, budget = results.level(world), next(iter(next(iter(curves.values())).values())).tokens[-1]
     found = {name: summary(by_seed, level=level) for name, by_seed in curves.items()}
     rows = []
     for name in sorted(found, key=lambda n: -found[n].area.value):
@@ -242,17 +242,9 @@ def _learning(results: Results, world: str) -> str:
     return f"""## Learning: {world}
 
 The same start, and {budget:,} tokens for every method, those of judges and further samples included. Area is the mean accuracy on the
-way. The level is half way from the start to the best end; a seed that never reached it counts with the
-whole budget. Collapse: the accuracy fell below a tenth of its best.
+way. The level was fixed before; a seed that never reached it counts with the whole budget. Collapse: the accuracy fell below a tenth of its best.
 
 {_table((*header, f"tokens to accuracy {level:.2f}", "accuracy at the end", "pass@8 at the end", "collapsed"), rows)}"""
-
-
-def level_of(curves: Mapping[str, Mapping[int, Curve]]) -> float:
-    """Half way from where all methods begin to where the best of them ends."""
-    starts = [c.accuracy[0] for by_seed in curves.values() for c in by_seed.values()]
-    ends = [summary(by_seed, level=1.0).final.value for by_seed in curves.values()]
-    return round((sum(starts) / len(starts) + max(ends)) / 2, 2)
 
 
 def _claims(results: Results) -> str:
@@ -426,7 +418,7 @@ def _learned_answers(results: Results, world: str) -> Iterable[Answer]:
     curves = {n: c for n, c in results.curves(world).items() if n not in BARS}
     if not curves:
         return
-    level = level_of(curves)
+    level = results.level(world)
     found = {n: summary(c, level=level) for n, c in curves.items()}
     asked = {
         "learning with few tokens": ("area", "area under the curve"),

@@ -60,6 +60,10 @@ class Results:
                 found.setdefault(c["method"], {})[c["seed"]] = Curve.from_json(c["curve"])
         return found
 
+    def level(self, world: str) -> float:
+        """The accuracy that was to be reached there."""
+        return next(float(c["level"]) for c in self.cells if c["kind"] == "learning" and c["name"] == world)
+
     @property
     def learned(self) -> list[str]:
         """Worlds in which something was trained."""

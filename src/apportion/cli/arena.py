@@ -113,9 +113,9 @@ def _cells(kinds: Sequence[str], methods: Sequence[str], worlds: Sequence[str]) 
             cells += _grid.measured(quick=quick, methods=methods or None, only=ours or None, resolve=resolve)
         cells += [_own_world(name, methods) for name in worlds if ":" in name]
     if "learning" in kinds:
-        able = [name for name in ours if name in _grid.PLANS]
+        able = [name for name in ours if name in _grid.classrooms()]
         if worlds and not able:
-            raise UserError(f"nothing is learned in {', '.join(worlds)}. There is: {', '.join(_grid.PLANS)}.")
+            raise UserError(f"nothing is learned in {', '.join(worlds)}. There is: {', '.join(_grid.classrooms())}.")
         cells += _grid.trained(methods=methods or None, only=able or None, resolve=resolve)
     if "claims" in kinds:
         cells += _grid.claimed(quick="quick" in kinds)

@@ -298,7 +298,7 @@ def classrooms() -> Mapping[str, tuple[World, Plan]]:
 
     return {
         "rooms": (rooms.Rooms(length=12, skill=0.75), Plan(tokens=400_000, rate=0.02, level=0.5)),
-        "arithmetic": (arithmetic.Arithmetic(), Plan(tokens=160_000, rate=5e-5, level=0.8)),
+        "arithmetic": (arithmetic.Arithmetic(), Plan(tokens=102_400, rate=3e-4, level=0.8)),
     }
 
 

@@ -109,7 +109,12 @@ _READINGS: Mapping[str, Callable[[Curve], float]] = {
 def _sums(method: Estimator, seed: int, tokens: int) -> Curve:
     """At a rate at which the accuracy is still rising at the end."""
     return learn(
-        Arithmetic().student(), method, tokens=tokens, evaluate_every=min(tokens, 16_000), seed=seed, rate=1e-4
+        Arithmetic().student(attention=True),
+        method,
+        tokens=tokens,
+        evaluate_every=min(tokens, 16_000),
+        seed=seed,
+        rate=1e-4,
     )
 
 

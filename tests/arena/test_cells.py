@@ -12,7 +12,7 @@ import pytest
 
 from apportion import grpo
 from apportion.arena import Trees
-from apportion.arena._cells import dumped, load, run
+from apportion.arena._cells import dumped, load, run, unfinished
 from apportion.arena._grid import Measured, measured
 from apportion.arena._methods import BARS, every_method
 from reference.cells import Slow, resolve, run_slow
@@ -68,19 +68,25 @@ def test_same_seed_same_numbers(tmp_path):
     assert a["methods"] == b["methods"]
 
 
-def test_a_kill_loses_only_what_was_under_way(tmp_path):
+def test_a_kill_loses_only_what_was_under_way_and_leaves_no_worker(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=run_slow, args=(tmp_path,))
     process.start()
-    for _ in range(600):
-        if (tmp_path / "slow/0.json").exists():
-            break
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    assert soon(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert [x["number"] for x in load(tmp_path)] == [0]
-    assert [c.number for c in (Slow(0), Slow(1)) if c.todo(next(iter(load(tmp_path))) if c.number == 0 else None)] == [
-        1
-    ]
+    assert unfinished(tmp_path, [Slow(0), Slow(1)]) == [Slow(1)]
+    worker = Path(f"/proc/{(tmp_path / 'pid').read_text()}")
+    assert soon(lambda: not worker.exists() or "zombie" in (worker / "status").read_text())
+
+
+def soon(happens, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not happens():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_an_error_in_a_cell_is_told(tmp_path):

@@ -36,7 +36,14 @@ def measured(turned=(), size=4):
 def learned(method, seed, end, **changes):
     accuracy = (0.2, (0.2 + end) / 2, end)
     curve = Curve((0, 500, 1000), accuracy, accuracy, (1.0,) * 3, (4.0,) * 3, **changes)
-    return {"kind": "learning", "name": "trees", "method": method, "seed": seed, "level": 0.56, "curve": curve.to_json()}
+    return {
+        "kind": "learning",
+        "name": "trees",
+        "method": method,
+        "seed": seed,
+        "level": 0.56,
+        "curve": curve.to_json(),
+    }
 
 
 CLAIM = {

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from importlib import metadata
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,7 @@ def run(
     """
     left = unfinished(folder, cells)
     workers = min(workers or os.cpu_count() or 1, max(len(left), 1))
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
     with pool:
         running = {pool.submit(_finish, cell, folder): cell for cell in left}
         try:
@@ -67,8 +68,16 @@ def unfinished(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.todo(_read(folder / cell.path))]
 
 
-def _one_thread() -> None:
+def _begin() -> None:
+    """A worker has one thread, and does not outlive who started it."""
     torch.set_num_threads(1)
+    Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _finish(cell: Cell, folder: Path) -> None:

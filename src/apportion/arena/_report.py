@@ -32,6 +32,7 @@ KNOBS = {
     "size": "rollouts in a group",
     "verdict_error": "share of verdicts about steps that are wrong",
     "length": "length of a rollout",
+    "terms": "numbers in a sum",
 }
 """Knobs that get a table of their own."""
 

@@ -139,17 +139,24 @@ def test_attention_rhythm_is_judged_by_accuracy_and_its_placebo_reads_noise(monk
     assert "signals.noise" in placebo
     assert not {"signals.waad", "signals.fai"} & placebo
 
-    def sums(method: Estimator, seed: int, tokens: int) -> Curve:
-        end = 0.5 + 0.1 * (method is exploration._RHYTHMS["attention rhythm"]) + 0.01 * seed
-        return Curve((0, tokens), (0.5, end), *[(0.0, 0.0)] * 3)
+    def verdict(gain: float, placebo: float) -> str:
+        """Of curves that end so much above GRPO's."""
 
-    monkeypatch.setattr(exploration, "_sums", sums)
-    found = exploration.attention_rhythm_learns_faster()
-    check(found)
-    assert found.verdict == "shown"
-    for other in ("GRPO", "random numbers"):
-        assert found.numbers[f"mean accuracy over {other}"].value == pytest.approx(0.05)
-    assert found.numbers["mean accuracy of random numbers over GRPO"].value == 0
+        def sums(method: Estimator, seed: int, tokens: int) -> Curve:
+            name = next(n for n, m in exploration._RHYTHMS.items() if m is method)
+            end = 0.5 + {"GRPO": 0.0, "attention rhythm": gain, "random numbers": placebo}[name] + 0.01 * seed
+            return Curve((0, tokens), (0.5, end), *[(0.0, 0.0)] * 3)
+
+        monkeypatch.setattr(exploration, "_sums", sums)
+        found = exploration.attention_rhythm_learns_faster()
+        check(found)
+        assert found.numbers["mean accuracy over GRPO"].value == pytest.approx(gain / 2)
+        assert found.numbers["mean accuracy over random numbers"].value == pytest.approx((gain - placebo) / 2)
+        return found.verdict
+
+    assert verdict(0.1, 0.0) == "shown"
+    assert verdict(0.1, 0.2) == "not shown"
+    assert verdict(-0.1, -0.2) == "contradicted"
 
 
 # ---- macro actions ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,7 +153,10 @@ class Trained:
     def compute(self, found: Result | None, folder: Path) -> Result:
         """As `Cell.compute`; what a kill interrupts goes on from its last checkpoint."""
         method, student = _method(self.method, self.resolve), student_of(self.world, self.seed)
-        plan, unfinished = self.plan, folder / "unfinished" / self.path
+        plan = self.plan
+        unfinished = (
+            folder / "unfinished" / sha256(repr(self._stamp).encode()).hexdigest()[:16]
+        )  # of this cell, as it is
         if lacking := missing(method, student.sample(plan.groups, plan.size, self.seed)):
             return self._stamp | {"absent": lacking}
         spent = price(method, self.world.episodes(2, plan.size, self.seed))

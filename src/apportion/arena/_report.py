@@ -259,7 +259,7 @@ def _claims(results: Results) -> str:
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("shown", "not shown", "contradicted"))
     counts += f"; {short} of them in their short form" if short else ""
     table = _table(("method", "claim", "verdict", "numbers", "because"), rows)
-    return f"## Claims of papers\n\nThe rule that turns numbers into a verdict was written before they were seen: {counts}.\n\n{table}"
+    return f"## Claims of papers\n\nThe rule that turns numbers into a verdict stands in the code of each claim; some rules were settled after a first look at\nnumbers, which the [lab notes](../lab-notes.md) tell. {counts}.\n\n{table}"
 
 
 def _numbers(claim: Result) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
@@ -83,7 +84,8 @@ def _leave_with_parent() -> None:
 def _finish(cell: Cell, folder: Path) -> None:
     path = folder / cell.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {**cell.compute(_read(path), folder), **_environment()}
+    begun = time.process_time()
+    result = {**cell.compute(_read(path), folder), **_environment(), "cpu_seconds": time.process_time() - begun}
     write_whole(path, dumped(result).encode())
 
 

@@ -227,7 +227,7 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
             {
                 "size": sizes,
                 "verdict_error": errors,
-                "length": (48, 6, 24, 96),
+                "length": (24, 6, 48, 96),
                 "where": ("early", "late"),
                 "decisions": (1, 2, 4),
                 "verifier_error": (0.1, 0.2, 0.4),
@@ -240,9 +240,7 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
                 "size": (2, 32),
                 "verdict_error": (0.4, 0.0),
                 "terms": (6, 3),
-                "error_rate": (0.4,),
                 "correction": (0.0,),
-                "harmless": (0.0,),
                 "padding": (0.4,),
                 "critic_error": (0.02,),
             },
@@ -252,7 +250,7 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
             {
                 "size": sizes,
                 "verdict_error": errors,
-                "length": (40, 6, 20),
+                "length": (20, 6, 40),
                 "critic_error": (0.0, 0.02, 0.4),
                 "observe": (False,),
             },
@@ -275,7 +273,7 @@ def worlds() -> Mapping[str, tuple[World, Mapping[str, Sequence[Any]]]]:
     }
 
 
-_QUICK = {"size": 2, "verdict_error": 1, "length": 1}  # how many values of a knob
+_QUICK = {"size": 1, "verdict_error": 1, "length": 1}  # how many values of a knob
 
 
 def measured(

@@ -14,6 +14,8 @@ from apportion.arena._results import BASE, Results, estimate, methods, ranked
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # safe for the colour-blind
 MARKERS = "osD^vP*"
 _GREY = "#999999"
+_PANELS = (("size",), ("verdict_error",), ("length", "terms"))
+"""Knobs of the sensitivity figure, from left to right; of several in one place the one that a world has."""
 _LINES = 5  # methods drawn in colour, next to GRPO and the exact advantage
 
 
@@ -82,7 +84,7 @@ def _bias_noise(results: Results) -> Any:
         return None
     figure = _figure(len(cells), width=3.4, height=3.4)
     for axes, cell in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
-        named = {*ranked(cell, "cosine")[:3], BASE, BARS[0]}
+        named = _distinct(cell)[:5]
         for n in methods(cell, bars=True):
             x, y = estimate(cell, n, "bias"), estimate(cell, n, "noise")
             if n == BARS[1] or not math.isfinite(x.value + y.value):
@@ -105,20 +107,24 @@ def _sensitivity(results: Results) -> Any:
     if not rows:
         return None
     names = list(dict.fromkeys(name for name, _ in rows))
-    figure = _figure(len(KNOBS), width=3.2, height=2.5 * len(names) + 0.8)
-    grid = figure.subplots(len(names), len(KNOBS), sharey="row", squeeze=False)
+    figure = _figure(len(_PANELS), width=3.2, height=2.5 * len(names) + 0.8)
+    grid = figure.subplots(len(names), len(_PANELS), sharey="row", squeeze=False)
     drawn: dict[str, int] = {}
     for name, line in zip(names, grid, strict=True):
         base = results.cell(name)
         assert base is not None
         chosen = _distinct(base)
-        for axes, (knob, words) in zip(line, KNOBS.items(), strict=True):
+        for axes, knobs in zip(line, _PANELS, strict=True):
+            knob = next((k for k in knobs if (name, k) in rows), None)
+            if knob is None:
+                axes.set_axis_off()
+                continue
             _along(axes, results.along(name, knob), chosen, drawn)
-            if knob in ("size", "length"):
+            if knob != "verdict_error":
                 axes.set_xscale("log")
                 axes.minorticks_off()
             axes.set_xticks(values := list(results.along(name, knob)), [f"{v:g}" for v in values])
-            axes.set(title=name, xlabel=words)
+            axes.set(title=name, xlabel=KNOBS[knob])
         line[0].set_ylabel("cosine")
     _legend(figure)
     return figure
@@ -154,6 +160,7 @@ def _learning(results: Results) -> Any:
                 for i in range(len(marks))
             ]
             _line(axes, n, marks, at, order)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
         axes.set(title=world, xlabel="tokens spent", ylabel="accuracy")
     _legend(figure)
     return figure

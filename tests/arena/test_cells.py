@@ -94,6 +94,11 @@ def test_an_error_in_a_cell_is_told(tmp_path):
         run(tmp_path, [cell(methods=("unknown",))], workers=1)
 
 
+def test_no_workers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        run(tmp_path, [cell()], workers=0)
+
+
 def test_the_quick_grid_is_part_of_the_full_one():
     quick, full = ({c.path: c for c in measured(quick=q, resolve=resolve)} for q in (True, False))
     assert quick.keys() < full.keys()

@@ -49,6 +49,8 @@ def run(
         on_cell: called with every cell that has just been finished.
     """
     left = unfinished(folder, cells)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1; got {workers}. Leave it out for one per core.")
     workers = min(workers or os.cpu_count() or 1, max(len(left), 1))
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
     with pool:

@@ -26,6 +26,7 @@ MEASURES = {
 }
 """Every measure in words. All are relative: none depends on the unit of the outcome, bias to aim not on credit's either."""
 
+_BLOCK = 4096  # choices whose resamples are computed together
 _EQUAL = 1e-9  # numbers closer than this, relative to the largest, are the same number with rounding
 
 
@@ -177,40 +178,42 @@ class Yardstick:
         _, pair = torch.unique(pair[keep], return_inverse=True)
         return where, groups[keep], pair, int(several.sum())
 
-    def _table(self, values: Float[Tensor, " M"]) -> Float[Tensor, "U G"]:
-        """Sums for each choice and group."""
-        _, groups, pair, count = self._pairs
-        return segment_sum(values, pair * self._count + groups, count * self._count).view(count, self._count)
+    def _moments(self, given: Tensor) -> tuple[Float[Tensor, " R"], ...]:
+        """On average over the choices on-policy, in each resample: m^2, credit^2, A m and A^2, for m = E[credit | s, a].
 
-    @cached_property
-    def _visits(self) -> tuple[Tensor, ...]:
-        """Of each choice in each resample: visits [U, R], pairs of visits from different groups [U, R], and A [U]."""
-        where, _, pair, count = self._pairs
-        visits = self._table(torch.ones(len(pair), dtype=torch.float64))
-        total = visits @ self._weights
-        crossed = total**2 - visits**2 @ self._weights**2
-        exact = segment_mean(self.episodes.advantages[where].double(), pair, count)
-        return total, crossed, exact
+        m^2 comes from products of visits in different groups, which are independent. Choices are taken a block at a time:
+        there may be 100,000 of them, and a number for each of them and each resample fills gigabytes.
+        """
+        where, groups, pair, count = self._pairs
+        credit, exact = given[where], segment_mean(self.episodes.advantages[where].double(), pair, count)
+        twice = self._weights**2
+        found = torch.zeros(5, self._weights.shape[1], dtype=torch.float64)
+        for first in range(0, count, _BLOCK):
+            mine = (pair >= first) & (pair < first + _BLOCK)
+            size = (min(_BLOCK, count - first), self._count)
+            at, x = torch.stack([pair[mine] - first, groups[mine]]), credit[mine]
+            visits, sums, squares = (
+                torch.sparse_coo_tensor(at, v, size, check_invariants=False).coalesce() for v in (torch.ones_like(x), x, x * x)
+            )
+            total, of_choice = visits @ self._weights, sums @ self._weights
+            crossed = total**2 - visits.pow(2) @ twice
+            known = crossed > 0  # two groups of the resample made the choice
+            a = exact[first : first + size[0], None]
+            products = (of_choice**2 - sums.pow(2) @ twice) / crossed.clamp(min=1)
+            for sum_, each in zip(
+                found, (total, total * products, squares @ self._weights, a * of_choice, a * a * total), strict=True
+            ):
+                sum_ += torch.where(known, each, 0.0).sum(0)
+        return tuple(found[1:] / found[0])
 
     def _deviations(self, given: Tensor) -> dict[str, Float[Tensor, " R"]]:
-        """With m = E[credit | s, a]: E[m^2] from products of visits in different groups, which are independent."""
-        where, _, pair, _ = self._pairs
-        if not len(pair):
+        if not self._pairs[3]:
             return dict.fromkeys(
                 ("bias", "noise", "raw_bias", "raw_noise"), torch.full((1 + self.resamples,), torch.nan)
             )
-        total, crossed, exact = self._visits
-        weight = torch.where(crossed > 0, total, 0.0)  # the choices on-policy, where two groups made them
-        weight = weight / weight.sum(0)
-        sums = self._table(given[where])
-        squares = self._table(given[where].square())
-        of_pair = sums @ self._weights
-        m2 = (weight * (of_pair**2 - sums**2 @ self._weights**2) / crossed.clamp(min=1)).sum(0)
-        xx = (weight * (squares @ self._weights) / total.clamp(min=1)).sum(0)
-        am = (weight * exact[:, None] * of_pair / total.clamp(min=1)).sum(0)
-        aa = (weight * exact.square()[:, None]).sum(0)
+        m2, xx, am, aa = self._moments(given)
         if self.episodes.errors is not None:
-            aa = aa - self.episodes.errors[where].double().square().mean()
+            aa = aa - self.episodes.errors[self._pairs[0]].double().square().mean()
         related = torch.where(m2 > 0, (am.square() / (m2 * aa)).clamp(max=1.0), 0.0)
         variance = (xx - m2).clamp(min=0.0)
         scale = torch.where(m2 > 0, am / m2, torch.inf)

@@ -141,7 +141,11 @@ def rows_of(text):
 
 
 def test_the_page_has_every_section(page):
-    expected = ["Do the measures hold?", "Trees", *(f"Sensitivity: {w}" for knob, w in KNOBS.items() if knob != "terms")]
+    expected = [
+        "Do the measures hold?",
+        "Trees",
+        *(f"Sensitivity: {w}" for knob, w in KNOBS.items() if knob != "terms"),
+    ]
     assert [*sections(page)] == [*expected, "Learning: trees", "Claims of papers", "Against GRPO", "Which method when"]
     assert "![A title](arena/leaderboard.png)" in page
     assert "seeds 0, 1, 2, apportion 0.1, torch 2.13, Python 3.11, on one, 2026-11-25." in page

@@ -193,7 +193,8 @@ class Yardstick:
             size = (min(_BLOCK, count - first), self._count)
             at, x = torch.stack([pair[mine] - first, groups[mine]]), credit[mine]
             visits, sums, squares = (
-                torch.sparse_coo_tensor(at, v, size, check_invariants=False).coalesce() for v in (torch.ones_like(x), x, x * x)
+                torch.sparse_coo_tensor(at, v, size, check_invariants=False).coalesce()
+                for v in (torch.ones_like(x), x, x * x)
             )
             total, of_choice = visits @ self._weights, sums @ self._weights
             crossed = total**2 - visits.pow(2) @ twice

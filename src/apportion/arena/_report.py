@@ -325,6 +325,7 @@ CRITIC = frozenset(("values",))
 STATES = frozenset(("spans.turn", "spans.turn.state", "signals.turn_reward"))
 BUDGETS = frozenset(("spans.budget", "spans.budget.parent", "signals.score"))
 TREE = frozenset(("spans.branch", "spans.branch.parent"))
+LEARNED = frozenset(("signals.log_ratio", "signals.decoded", "spans.step", "spans.turn"))
 
 
 @dataclass(frozen=True)
@@ -356,6 +357,10 @@ SITUATIONS = (
     Situation("states that recur, and a judge of turns", "rooms", {}, OUTCOME | STATES | JUDGE | PRM),
     Situation("thinking that is cut and answered at several lengths", "budgets", {}, OUTCOME | BUDGETS),
     Situation("rollouts that share their beginnings", "denoising", {}, OUTCOME | TREE),
+    Situation("a reward model learned from the outcomes of earlier rollouts", "trees", {}, OUTCOME | LEARNED),
+    Situation(
+        "a reward model learned from the outcomes of earlier rollouts, several turns", "rooms", {}, OUTCOME | LEARNED
+    ),
     Situation("a process reward model that is honest", "hackable", {"gaming": 0.0}, OUTCOME | PRM),
     Situation("a process reward model that can be gamed", "hackable", {}, OUTCOME | PRM),
 )
@@ -428,9 +433,9 @@ def _learned_answers(results: Results, world: str) -> Iterable[Answer]:
     for words, (name, told) in asked.items():
         figures: dict[str, Estimate] = {n: getattr(s, name) for n, s in found.items()}
         best = max(figures, key=lambda n: figures[n].value)
-        others = [
-            n for n in figures if n != best and holds(difference(curves[best], curves[n], level=level)[name], 0.0)
-        ]
+        equal = [n for n in figures if holds(difference(curves[best], curves[n], level=level)[name], 0.0)]
+        best = BASE if BASE in equal else best  # what is not told apart from GRPO is no reason to leave it
+        others = [n for n in equal if n != best]
         over = difference(curves[best], curves[BASE], level=level)[name] if BASE in curves else None
         yield Answer(f"{words}, {world}", best, f"learning/{world}", f"{told} {number(figures[best])}", over, others)
 

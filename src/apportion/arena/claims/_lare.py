@@ -89,7 +89,7 @@ def lare_between_companions(quick: bool = False) -> Claim:
     return Claim(
         method="lare",
         source=_SOURCE,
-        says="The same where factors come together: the key is taken before the door is opened.",
+        says="Decoded from factors that come together, as the key that opens the door, the return still goes to what matters.",
         verdict=decide(measured["correlation with the true worth"], measured["key's share, 0.25 less the error"]),
         numbers=measured,
         because=f"Of what key and door are worth together {true:.0%} is the key's; it gets {got:.0%}, as lacking it explains "

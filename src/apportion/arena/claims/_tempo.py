@@ -64,7 +64,7 @@ def tempo_credits_late_decisions(quick: bool = False) -> Claim:
 
     Rule: as for early decisions.
     """
-    return _decisions("late", quick, "The same holds for decisive tokens that come after freely worded text.")
+    return _decisions("late", quick, "Decisive tokens that come after freely worded text get more of the credit, too.")
 
 
 def _decisions(where: Where, quick: bool, says: str) -> Claim:

@@ -32,6 +32,7 @@ import torch
 
 import apportion
 from apportion import Credit, Estimator, Rollouts, Signal, Spans, credit
+from apportion.record._machine import processor
 
 GROUP = 8
 LENGTHS = {1_000: 32, 64_000: 256, 1_000_000: 1024, 16_000_000: 1024}
@@ -507,14 +508,6 @@ def machine() -> dict[str, Any]:
         "apportion": apportion.__version__,
         **versions,
     }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def page(report: dict[str, Any]) -> str:

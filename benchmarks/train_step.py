@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from apportion.record._machine import processor
+
 # No torch here: on Linux a process starts with the peak memory of the one that started it.
 
 HERE = Path(__file__).resolve().parent
@@ -196,7 +198,7 @@ def _spread(values: list[float | None]) -> dict[str, float] | None:
 def machine(base: dict[str, Any]) -> dict[str, Any]:
     packages = ("torch", "transformers", "trl", "accelerate", "apportion")
     return {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": base["gpu"],
         "python": platform.python_version(),
@@ -209,16 +211,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 HEAD = ("", "seconds a step", "TRL / this", "sample", "measure", "update", "peak GiB", "TRL / this")

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from apportion.credit import Estimator
 from apportion.record._files import write_whole
+from apportion.record._machine import processor
 
-Resolve = Callable[[str], Estimator]
 Result = dict[str, Any]
 
 
@@ -125,13 +124,5 @@ def _plain(x: Any) -> Any:
 def _environment() -> Result:
     """On which machine, with which versions and when."""
     versions = {name: metadata.version(name) for name in ("apportion", "torch")}
-    made = {"machine": f"{_processor()}, {os.cpu_count()} cores", "python": platform.python_version()}
+    made = {"machine": f"{processor()}, {os.cpu_count()} cores", "python": platform.python_version()}
     return {**versions, **made, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

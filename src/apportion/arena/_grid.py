@@ -119,6 +119,17 @@ def _method(name: str, resolve: Resolve) -> Estimator:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How a method is trained in a world: the same for every method. `level` is the accuracy that is to be reached."""
+
+    tokens: int
+    rate: float
+    level: float
+    groups: int = 16
+    size: int = 8
+
+
+@dataclass(frozen=True)
 class Trained:
     """One method trained in one world from the world's own policy, with one seed.
 
@@ -132,7 +143,7 @@ class Trained:
     method: str
     resolve: Resolve
     seed: int
-    plan: "Plan"
+    plan: Plan
 
     @property
     def path(self) -> str:
@@ -154,9 +165,8 @@ class Trained:
         """As `Cell.compute`; what a kill interrupts goes on from its last checkpoint."""
         method, student = _method(self.method, self.resolve), student_of(self.world, self.seed)
         plan = self.plan
-        unfinished = (
-            folder / "unfinished" / sha256(repr(self._stamp).encode()).hexdigest()[:16]
-        )  # of this cell, as it is
+        this_cell = sha256(repr(self._stamp).encode()).hexdigest()[:16]  # with its plan: another plan begins anew
+        unfinished = folder / "unfinished" / this_cell
         if lacking := missing(method, student.sample(plan.groups, plan.size, self.seed)):
             return self._stamp | {"absent": lacking}
         spent = price(method, self.world.episodes(2, plan.size, self.seed))
@@ -173,17 +183,6 @@ class Trained:
         )
         shutil.rmtree(unfinished, ignore_errors=True)
         return self._stamp | {"curve": curve.to_json()}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a method is trained in a world: the same for every method. `level` is the accuracy that is to be reached."""
-
-    tokens: int
-    rate: float
-    level: float
-    groups: int = 16
-    size: int = 8
 
 
 @dataclass(frozen=True)

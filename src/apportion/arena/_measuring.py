@@ -1,5 +1,7 @@
 """What a world measures about its rollouts besides the outcome: verdicts, a critic, statistics of the policy."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,6 +29,17 @@ def from_walk(walk: Walk, groups: Tensor, table: Table) -> Rollouts:
         ref_logprobs=chosen_logprobs(logits, walk),
         signals={"outcome": Signal(walk.outcome, "trajectory"), **statistics(logits, walk)},
     )
+
+
+def known(table: Table, walk: Walk, groups: Tensor, prompts: Tensor) -> dict[str, Any]:
+    """What is true of a walk whose choices are its positions: the fields of `Episodes` that the table tells."""
+    return {
+        "advantages": table.at(table.advantages, walk),
+        "pairs": table.pairs(walk),
+        "prompts": prompts,
+        "gradients": lambda weights: table.scores(walk, weights, groups),
+        "gradient": table.gradient[prompts],
+    }
 
 
 def chosen_logprobs(logits: Float[Tensor, "B H A"], walk: Walk) -> Float[Tensor, "B H"]:
@@ -79,10 +92,12 @@ def chunks(lengths: Tensor, size: int) -> Spans:
     return Spans.from_lists([[(s, min(s + size, n)) for s in range(0, n, size)] for n in lengths.tolist()])
 
 
-VERDICT_COSTS = {
+COSTS = {
+    "values": Cost(passes=1),
+    "ref_logprobs": Cost(passes=1),
     "signals.judge": Cost(judge_calls=CRITIQUES),  # one reply speaks about every step
     "signals.process": Cost(passes=1),
     "signals.margin": Cost(passes=1),
     "signals.label": Cost(judge_calls=1),
 }
-"""Of the signals of `verdicts` and `thought_label`."""
+"""Of a critic, a reference, and the signals of `verdicts` and `thought_label`."""

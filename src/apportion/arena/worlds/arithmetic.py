@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apportion.arena._continuations import Trie, Values, node_values
 from apportion.arena._episodes import Cost, Episodes
-from apportion.arena._measuring import VERDICT_COSTS, thought_label, verdicts
+from apportion.arena._measuring import COSTS, thought_label, verdicts
 from apportion.arena._writer import (
     ALPHABET,
     END,
@@ -135,9 +135,7 @@ class Arithmetic:
             gradients=truth.gradients,
             gradient=truth.gradient,
             costs={
-                **VERDICT_COSTS,
-                "values": Cost(passes=1),
-                "ref_logprobs": Cost(passes=1),
+                **COSTS,
                 "signals.waad": Cost(passes=1),
                 "signals.fai": Cost(passes=1),
                 "signals.greedy_outcome": Cost(tokens=truth.greedy_tokens / size),

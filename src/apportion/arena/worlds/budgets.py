@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.arena._episodes import Cost, Episodes
-from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, verdicts
+from apportion.arena._measuring import COSTS, chunks, critic, from_walk, known, verdicts
 from apportion.arena._tables import Table, Walk
+from apportion.functional import segment_any
 from apportion.types import Rollouts, Signal, Spans
 
 _ANSWER = 4  # tokens of a summary
@@ -115,27 +116,23 @@ class Budgets:
         moved = self._moves.flatten(1, 2)[walk.prompts[:, None], walk.states, walk.actions]
         slips, step_ids = moved < 0, r.span_ids("step")
         first = slips & (slips.cumsum(1) == 1)
-        slipped, began = (_holds(step_ids, where, len(r.spans["step"])) for where in (slips, first))
+        slipped, began = (
+            segment_any(where.flatten(), step_ids.flatten(), len(r.spans["step"])) for where in (slips, first)
+        )
         greedy = self._scores(table.walk(prompts), generator).mean(-1) @ self.weights
         r = r.replace(values=table.at(critic(table.values, self.critic_error, seed=1), walk)).with_signals(
             greedy_outcome=Signal(greedy, "group"), **verdicts(slipped, self.verdict_error, generator)
         )
         asked = float(self.budgets * self.summaries * _ANSWER)
         return Episodes(
+            **known(table, walk, group_ids, prompts),
             rollouts=r,
-            advantages=table.at(table.advantages, walk),
             decisive=(torch.arange(self.length) % self.step == 0).expand(len(group_ids), -1),
             mistake=began[step_ids],
-            pairs=table.pairs(walk),
-            prompts=prompts,
-            gradients=lambda weights: table.scores(walk, weights, group_ids),
-            gradient=table.gradient[prompts],
             costs={
-                **VERDICT_COSTS,
+                **COSTS,
                 "signals.outcome": Cost(tokens=asked),
                 "signals.score": Cost(tokens=asked),
-                "values": Cost(passes=1),
-                "ref_logprobs": Cost(passes=1),
                 "signals.greedy_outcome": Cost(tokens=(self.length + asked) / size),
             },
             seed=seed,
@@ -165,8 +162,3 @@ class Budgets:
             outcome=Signal(scores.mean(-1) @ self.weights, "trajectory"),
             score=Signal(torch.cat([thought, scores], -1).flatten(), "budget"),
         )
-
-
-def _holds(ids: Tensor, where: Tensor, spans: int) -> Tensor:
-    """Which spans hold a marked position, [S]."""
-    return torch.zeros(spans, dtype=torch.bool).index_fill_(0, ids[where], True)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.arena._episodes import Cost, Episodes
+from apportion.arena._measuring import COSTS
 from apportion.types import Rollouts, Signal, Spans
 
 _HEIGHTS = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
@@ -212,8 +213,7 @@ class Denoising:
             gradients=gradients,
             gradient=torch.autograd.functional.jacobian(self.value, policy).flatten(1)[prompts],
             costs={
-                "values": Cost(passes=1),
-                "ref_logprobs": Cost(passes=1),
+                **COSTS,
                 "signals.greedy_outcome": Cost(tokens=self.length / size),
             },
             seed=seed,

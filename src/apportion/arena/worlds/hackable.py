@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from apportion.arena._episodes import Cost, Episodes
-from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, thought_label, verdicts
+from apportion.arena._measuring import COSTS, chunks, critic, from_walk, known, thought_label, verdicts
 from apportion.arena._tables import Table
 from apportion.types import Rollouts, Signal, Spans
 
@@ -178,19 +178,12 @@ class Hackable:
             0, steps.row[wrong], number[wrong], "amin", include_self=False
         )
         return Episodes(
+            **known(table, walk, group_ids, prompts),
             rollouts=r,
-            advantages=table.at(table.advantages, walk),
             decisive=table.at(table.q.amax(-1) - table.q.amin(-1), walk) > _SAME,
             mistake=(r.span_ids("step") == first[:, None]) & (first >= 0)[:, None],
-            pairs=table.pairs(walk),
-            prompts=prompts,
-            gradients=lambda weights: table.scores(walk, weights, group_ids),
-            gradient=table.gradient[prompts],
             costs={
-                **VERDICT_COSTS,
-                "values": Cost(passes=1),
-                "ref_logprobs": Cost(passes=1),
-                "signals.margin": Cost(passes=1),
+                **COSTS,
                 "signals.greedy_outcome": Cost(tokens=float(greedy.lengths.double().mean()) / size),
             },
             seed=seed,

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from apportion.arena._episodes import Cost, Episodes
-from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, thought_label, verdicts
+from apportion.arena._measuring import COSTS, chunks, critic, from_walk, thought_label, verdicts
 from apportion.arena._tables import Table, Walk
 from apportion.types import Rollouts, Signal, Spans
 
@@ -173,10 +173,8 @@ class Rooms:
             gradients=lambda weights: table.scores(walk, weights[:, self._per_turn - 1 :: self._per_turn], group_ids),
             gradient=table.gradient[prompts],
             costs={
-                **VERDICT_COSTS,
+                **COSTS,
                 "signals.subgoal": Cost(judge_calls=turns),
-                "values": Cost(passes=1),
-                "ref_logprobs": Cost(passes=1),
                 "signals.greedy_outcome": Cost(tokens=float(greedy.lengths.double().mean()) / size),
             },
             seed=seed,

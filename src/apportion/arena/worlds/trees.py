@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from apportion.arena._episodes import Cost, Episodes
-from apportion.arena._measuring import VERDICT_COSTS, chunks, critic, from_walk, thought_label, verdicts
+from apportion.arena._measuring import COSTS, chunks, critic, from_walk, known, thought_label, verdicts
 from apportion.arena._tables import Table
+from apportion.functional import segment_any
 from apportion.types import Signal
 
 Where = Literal["early", "spread", "late"]
@@ -118,12 +119,12 @@ class Trees:
         slips = wrong[walk.prompts[:, None], walk.states, walk.actions]
         first = slips & (slips.cumsum(1) == 1)
         step_ids = r.span_ids("step")
-        slipped = torch.zeros(len(steps), dtype=torch.bool).index_fill_(0, step_ids[slips], True)
-        began = torch.zeros(len(steps), dtype=torch.bool).index_fill_(0, step_ids[first], True)
         decisive = torch.zeros_like(walk.used)
         decisive[:, self.places] = True
         outcome = torch.where(flipped, 1 - walk.outcome, walk.outcome)
-        used = torch.zeros(len(steps), dtype=torch.bool).index_fill_(0, step_ids[:, self.places].flatten(), True)
+        slipped, began, used = (
+            segment_any(where.flatten(), step_ids.flatten(), len(steps)) for where in (slips, first, decisive)
+        )
         r = r.replace(values=table.at(critic(table.values, self.critic_error, seed=1), walk)).with_signals(
             outcome=Signal(outcome, "trajectory"),
             greedy_outcome=Signal(table.walk(prompts).outcome, "group"),
@@ -132,18 +133,12 @@ class Trees:
             **thought_label(slipped, used, outcome[steps.row] == 1, self.verdict_error, generator),
         )
         return Episodes(
+            **known(table, walk, group_ids, prompts),
             rollouts=r,
-            advantages=table.at(table.advantages, walk),
             decisive=decisive,
             mistake=began[step_ids],
-            pairs=table.pairs(walk),
-            prompts=prompts,
-            gradients=lambda weights: table.scores(walk, weights, group_ids),
-            gradient=table.gradient[prompts],
             costs={
-                **VERDICT_COSTS,
-                "values": Cost(passes=1),
-                "ref_logprobs": Cost(passes=1),
+                **COSTS,
                 "signals.greedy_outcome": Cost(tokens=self.length / size),
             },
             seed=seed,

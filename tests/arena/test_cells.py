@@ -89,6 +89,16 @@ def soon(happens, seconds: float = 60) -> bool:
     return True
 
 
+@pytest.mark.parametrize("text", ['{"kind": "mea', "[1]"])
+def test_a_damaged_file_is_named_with_the_cure(tmp_path, text):
+    path = tmp_path / cell().path
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    for use in (lambda: load(tmp_path), lambda: run(tmp_path, [cell()], workers=1)):
+        with pytest.raises(ValueError, match=r"base\.json is not a result of the arena: .* Delete it"):
+            use()
+
+
 def test_an_error_in_a_cell_is_told(tmp_path):
     with pytest.raises(ValueError, match="no method unknown"):
         run(tmp_path, [cell(methods=("unknown",))], workers=1)

@@ -91,12 +91,21 @@ def _finish(cell: Cell, folder: Path) -> None:
 
 
 def _read(path: Path) -> Result | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    """What a file of results holds; None = there is none yet."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a result of the arena: {error}. Delete it and run the arena again.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a result of the arena: no JSON object. Delete it and run the arena again.")
+    return found
 
 
 def load(folder: Path) -> list[Result]:
     """Every finished cell of a folder."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/**/*.json"))]
+    return [found for path in sorted(folder.glob("*/**/*.json")) if (found := _read(path)) is not None]
 
 
 def dumped(result: Result) -> str:

@@ -53,6 +53,21 @@ def test_worked_ppo_with_whitening(dtype):
     close(credit.returns, [1.403889, 1.456725, 1.475500, 1.490000], dtype)
 
 
+def test_a_named_coefficient_is_read_from_the_batch():
+    """As the number itself: the first response above. NaN takes nothing off: A = .1 - .6, .25 + .95 A, .05 + .95 A."""
+    r = one(3, [0.3, 0.35, 0.6], 0.1, logprobs=[[-0.4, -0.9, -0.3]], ref_logprobs=[[-0.5, -0.7, -0.6]])
+    steered = gae(kl_coef="kl", lam=0.95)
+    assert steered.requires == ("values", "signals.outcome", "logprobs", "ref_logprobs", "signals.kl")
+    credit = steered(r.with_signals(kl=Signal(torch.tensor([0.05], dtype=torch.float64), "batch")))
+    close(credit.advantages, [-0.172787, -0.229250, -0.515000])
+    close(credit.returns, [0.127213, 0.120750, 0.085000])
+    nothing = steered(r.with_signals(kl=Signal(torch.tensor([math.nan], dtype=torch.float64), "batch")))
+    close(nothing.advantages, [-0.16375, -0.225, -0.5])
+    for made in (vapo(kl_coef="kl"), ma_rlhf(kl_coef="kl"), gae.verl(kl_coef="kl"), gae.openrlhf(kl_coef="kl")):
+        assert "signals.kl" in made.requires
+    assert repr(ma_rlhf(kl_coef="kl")).count("kl_coef='kl'") == 1
+
+
 def test_positions_that_are_no_actions_are_skipped():
     """Reward 1 at the end, an observation with V = 9 in between: 0.5, then 0.475, 0.45125 and 0.4286875 of 0.95."""
     mask = [[True, True, False, True, True]]
@@ -137,6 +152,13 @@ def test_messages():
         gae(turns, over="turn", observations="count")
     with pytest.raises(ValueError, match="gae needs alpha above 0; got 0"):
         gae(turns, alpha=0.0)
+    scored = one(1, [0.0], logprobs=[[0.0]], ref_logprobs=[[0.0]])
+    with pytest.raises(ValueError, match=r'gae needs rollouts\.signals\["kl"\], which this batch lacks'):
+        gae(scored, kl_coef="kl")
+    with pytest.raises(
+        ValueError, match=r"one number for the batch; got unit 'trajectory' and shape \[1\]. Give Signal"
+    ):
+        gae(scored, kl_coef="outcome")
 
 
 # ---- observations, and what other trainers compute ----------------------------------------------------------------------

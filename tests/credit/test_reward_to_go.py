@@ -75,6 +75,14 @@ def test_penalty_inside_the_reward():
     table(credit.advantages, [[1.0, 2.1]])
     table(credit.parts["kl"].values, [[0.0, 0.1]])
     assert returns_to_go(kl_coef=0.1).requires == ("signals.outcome", "logprobs", "ref_logprobs")
+    named = r.with_signals(kl=Signal(torch.tensor([0.1], dtype=torch.float64), "batch"))
+    assert torch.equal(returns_to_go(named, gamma=0.5, kl_coef="kl").advantages, credit.advantages)
+    for made in (
+        returns_to_go(kl_coef="kl"),
+        reinforce_plus_plus(kl_coef="kl"),
+        reinforce_plus_plus.skyrl(kl_coef="kl"),
+    ):
+        assert made.requires == ("signals.outcome", "logprobs", "ref_logprobs", "signals.kl")
 
 
 def rows(**more) -> Rollouts:

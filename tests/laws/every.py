@@ -77,6 +77,7 @@ SETTINGS = [
     *(capo(vote=v) for v in ("majority", "union", "average")),
     gae(over="step", kl_coef=0.1, gamma=0.9),
     gae(reward="process"),
+    *(gae(kl_coef="kl_coef"), returns_to_go(kl_coef="kl_coef")),
     gae(over="macro", span_value="position", span_reward="mean", alpha=0.5, gamma=0.9),
     *(gae(observations=o, critic_lam=1.0, kl_coef=0.1, gamma=0.9) for o in ("count", "valued")),
     *(returns_to_go(observations=o, gamma=0.9, reward="process") for o in ("skip", "reset", "count")),

@@ -24,7 +24,17 @@ from apportion.losses import (
         ),
         (lambda: PolicyGradient(clip_low=-0.1), "clip_low must be at least 0; got -0.1"),
         (lambda: PolicyGradient(dual_clip=1.0), "dual_clip must be greater than 1; got 1.0"),
-        (lambda: KLToReference(coef=0.1, estimator="k2"), "estimator must be 'k3' or 'k1'; got 'k2'"),
+        (lambda: PolicyGradient(objective="ppo"), "objective must be 'clip' or 'cispo'; got 'ppo'"),
+        (
+            lambda: PolicyGradient(objective="cispo", dual_clip=3.0),
+            r"objective='cispo' bounds every weight .* so that dual_clip=3.0 has nothing to bound. Leave one of the two out",
+        ),
+        (lambda: PolicyGradient(correction="token"), "correction must be one of none, token_truncate, .*; got 'token'"),
+        (
+            lambda: PolicyGradient(correction="token_mask", correction_cap=0.5),
+            "correction_cap must be at least 1, the weight where learner and sampler agree; got 0.5",
+        ),
+        (lambda: KLToReference(coef=0.1, estimator="mse"), "estimator must be one of k1, k2, k3, abs; got 'mse'"),
         (lambda: ValueLoss(clip=-1.0), "clip must be at least 0; got -1.0"),
         (
             lambda: HintedPolicyGradient(shaping="mean"),

@@ -103,6 +103,7 @@ def _with_more(rng: Random, r: Rollouts, maybe: Callable[..., float], dtype: tor
         log_ratio=signal("token", uniform(-1, 1)),
         contrast=signal("token", uniform(-2, 2)),
         goal_cosine=signal("token", uniform(-1, 1)),
+        kl_coef=signal("batch", uniform(0, 0.2)),
     )
 
 

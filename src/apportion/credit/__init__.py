@@ -26,7 +26,7 @@ from apportion.credit._rhythm import amplify_by_attention, attention_rhythm
 from apportion.credit._signed import nsr, psr, signed_outcome, w_reinforce
 from apportion.credit._subgoals import calm
 from apportion.credit._thoughts import tp_grpo
-from apportion.credit._transforms import clip, scale_by_sign, whiten
+from apportion.credit._transforms import clip, scale_by_sign, whiten, without_truncated
 from apportion.credit._tree import branch_grpo, prune_depth, prune_width, tree_relative
 
 __all__ = [
@@ -100,4 +100,5 @@ __all__ = [
     "w_reinforce",
     "weigh_by_duration",
     "whiten",
+    "without_truncated",
 ]

@@ -339,6 +339,7 @@ _CURES = {
     "values": "Train with a critic, or use group_relative.",
     "ref_logprobs": "Keep a reference model, or set kl_coef=0.0.",
     "logprobs": "Record the log-probabilities of what was sampled.",
+    "truncated": "Say which responses the length limit cut: Rollouts(truncated=...).",
     "tokens": "Give token ids; continuous actions have no prefixes to compare.",
     "spans": "Split the responses first: rollouts.with_spans({name}=...).",
     "signals": "Measure it first: rollouts.with_signals({name}=...).",

@@ -20,8 +20,13 @@ SpanReward = Literal["sum", "mean"]
 
 def _requires(s: Settings) -> tuple[str, ...]:
     spans = () if s["over"] == "token" else ("spans.{over}",)
-    penalty = ("logprobs", "ref_logprobs") if s["kl_coef"] else ()
-    return (*spans, "values", "signals.{reward}", *penalty)
+    return (*spans, "values", "signals.{reward}", *penalty_requires(s))
+
+
+def penalty_requires(s: Settings) -> tuple[str, ...]:
+    """What the penalty against the reference reads."""
+    named = ("signals.{kl_coef}",) if isinstance(s["kl_coef"], str) else ()
+    return ("logprobs", "ref_logprobs", *named) if s["kl_coef"] else ()
 
 
 @estimator(requires=_requires)
@@ -36,7 +41,7 @@ def gae(
     observations: Literal["skip", "count", "valued"] = "skip",
     alpha: float | None = None,
     critic_lam: float | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: float | str = 0.0,
     reward: str = "outcome",
 ) -> Credit:
     """Generalised advantage estimation: how much better than the critic expected, from each decision on.
@@ -69,7 +74,8 @@ def gae(
             ("count") or with the critic's V there ("valued"). From row to row it is one step in every case.
         alpha: instead of `lam`, 1 - 1 / (alpha l) for a trajectory of l decisions, and 0 where that is negative.
         critic_lam: lam of the returns, None = the advantages' own.
-        kl_coef: weight of the penalty against the reference model inside the reward.
+        kl_coef: weight of the penalty against the reference model inside the reward; or the name of a batch signal that
+            holds it (NaN = no penalty), where a trainer steers it from step to step.
         reward: a signal per trajectory (on its last action), per span (on the span's last action) or per token.
 
     Raises:
@@ -112,14 +118,14 @@ def _gains(
     unit: "_Decisions",
     gamma: float,
     span_reward: SpanReward,
-    kl_coef: float,
+    kl_coef: float | str,
     reward: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Which trajectories were measured, [N]; and delta at each decision, term by term, [U]."""
     measured, earned = rewards_at_actions(rollouts, line, reward, "gae")
     gains = {reward: unit.gather(earned, span_reward)}
     if kl_coef:
-        gains["kl"] = unit.gather(-kl_coef * log_ratio_at_actions(rollouts, line), span_reward)
+        gains["kl"] = unit.gather(penalty_at_actions(rollouts, line, kl_coef, "gae"), span_reward)
     following = torch.where(unit.goes_on, unit.values.roll(-1), unit.after)
     gains["values"] = following.mul_(gamma).sub_(unit.values)
     return measured, gains
@@ -236,7 +242,7 @@ def _value_after_end(rollouts: Rollouts) -> Tensor:
         return out
     if rollouts.truncated is None:
         raise ValueError(
-            "gae needs rollouts.truncated to know where rollouts.bootstrap applies; this batch has only the latter. "
+            "gae needs rollouts.truncated to know where rollouts.bootstrap applies, which this batch lacks. "
             "Say which rows were cut by a limit."
         )
     last = torch.zeros_like(rollouts.trajectory_ids[: len(out)]).scatter_reduce(
@@ -271,12 +277,27 @@ def rewards_at_actions(rollouts: Rollouts, line: Line, reward: str, needed_by: s
     return (~signal.values.isnan() if signal.unit == "trajectory" else measured), earned
 
 
-def log_ratio_at_actions(rollouts: Rollouts, line: Line) -> Tensor:
-    """`ln pi_old - ln pi_ref` at each action, the learner's own log-probabilities where they were recorded."""
+def penalty_at_actions(rollouts: Rollouts, line: Line, coef: float | str, needed_by: str) -> Tensor:
+    """`-coef (ln pi_old - ln pi_ref)` at each action, the learner's own log-probabilities where they were recorded.
+
+    Raises:
+        ValueError: `coef` names a signal that is not one number for the batch.
+    """
     old = rollouts.logprobs if rollouts.old_logprobs is None else rollouts.old_logprobs
     assert old is not None
     assert rollouts.ref_logprobs is not None
-    return line.of_actions(line.take(old) - line.take(rollouts.ref_logprobs))
+    weight = _coefficient(rollouts, coef, needed_by) if isinstance(coef, str) else coef
+    return line.of_actions(line.take(old) - line.take(rollouts.ref_logprobs)).mul_(-weight)
+
+
+def _coefficient(rollouts: Rollouts, name: str, needed_by: str) -> float:
+    signal = rollouts.signals[name]
+    if signal.unit != "batch" or signal.values.dim() != 1:
+        raise ValueError(
+            f"{needed_by} needs signals[{name!r}] with one number for the batch; got unit {signal.unit!r} and shape "
+            f"{list(signal.values.shape)}. Give Signal(torch.tensor([coefficient]), 'batch')."
+        )
+    return float(signal.values.nan_to_num(nan=0.0))
 
 
 def _as_signal(values: Tensor, unit: _Decisions, line: Line, rollouts: Rollouts, over: str) -> Tensor:
@@ -292,13 +313,15 @@ def _as_signal(values: Tensor, unit: _Decisions, line: Line, rollouts: Rollouts,
 
 
 @dialect(gae)
-def verl(*, gamma: float = 1.0, lam: float = 1.0, kl_coef: float = 0.0, reward: str = "outcome") -> Estimator:
+def verl(*, gamma: float = 1.0, lam: float = 1.0, kl_coef: float | str = 0.0, reward: str = "outcome") -> Estimator:
     """verl 0.9.1: observations skipped, then whitened over the batch's tokens (sample variance, eps 1e-8 inside)."""
     return chain(gae(gamma=gamma, lam=lam, kl_coef=kl_coef, reward=reward), whiten())
 
 
 @dialect(gae)
-def openrlhf(*, gamma: float = 1.0, lam: float = 1.0, kl_coef: float = 0.01, reward: str = "outcome") -> Estimator:
+def openrlhf(
+    *, gamma: float = 1.0, lam: float = 1.0, kl_coef: float | str = 0.01, reward: str = "outcome"
+) -> Estimator:
     """OpenRLHF 0.11.2: an observation is a step with V = 0; whitened by the population variance, at least 1e-8."""
     return chain(
         gae(gamma=gamma, lam=lam, observations="count", kl_coef=kl_coef, reward=reward),
@@ -307,7 +330,7 @@ def openrlhf(*, gamma: float = 1.0, lam: float = 1.0, kl_coef: float = 0.01, rew
 
 
 @dialect(gae)
-def skyrl(*, gamma: float = 1.0, lam: float = 1.0, kl_coef: float = 0.0, reward: str = "outcome") -> Estimator:
+def skyrl(*, gamma: float = 1.0, lam: float = 1.0, kl_coef: float | str = 0.0, reward: str = "outcome") -> Estimator:
     """SkyRL 0.3.0: an observation is a step with the critic's V there; whitened as in verl."""
     return chain(gae(gamma=gamma, lam=lam, observations="valued", kl_coef=kl_coef, reward=reward), whiten())
 
@@ -321,7 +344,7 @@ def vapo(
     gamma: float = 1.0,
     alpha: float = 0.05,
     critic_lam: float = 1.0,
-    kl_coef: float = 0.0,
+    kl_coef: float | str = 0.0,
     reward: str = "outcome",
 ) -> Estimator:
     """VAPO's credit: the longer the response, the more it trusts rewards; the critic learns from whole returns.
@@ -346,7 +369,7 @@ def ma_rlhf(
     lam: float = 0.95,
     span_value: SpanValue = "mean",
     span_reward: SpanReward = "sum",
-    kl_coef: float = 0.05,
+    kl_coef: float | str = 0.05,
     reward: str = "outcome",
 ) -> Estimator:
     """MA-RLHF's credit: runs of tokens are one action, worth the mean of their values.

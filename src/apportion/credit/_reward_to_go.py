@@ -19,7 +19,7 @@ from apportion.credit._base import (
 from apportion.credit._combine import chain
 from apportion.credit._group import group_relative
 from apportion.credit._line import Line, action_line
-from apportion.credit._returns import log_ratio_at_actions, rewards_at_actions
+from apportion.credit._returns import penalty_at_actions, penalty_requires, rewards_at_actions
 from apportion.credit._transforms import whiten
 from apportion.functional import suffix_sum
 from apportion.types import Credit, Rollouts, Signal
@@ -28,7 +28,7 @@ Observations = Literal["skip", "reset", "count"]
 
 
 def _requires(s: Settings) -> tuple[str, ...]:
-    return ("signals.{reward}", *(("logprobs", "ref_logprobs") if s["kl_coef"] else ()))
+    return ("signals.{reward}", *penalty_requires(s))
 
 
 def _laws(s: Settings) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def returns_to_go(
     *,
     gamma: float = 1.0,
     observations: Observations = "skip",
-    kl_coef: float = 0.0,
+    kl_coef: float | str = 0.0,
     reward: str = "outcome",
 ) -> Credit:
     """What was earned from each action on: REINFORCE, with nothing taken off.
@@ -66,7 +66,8 @@ def returns_to_go(
             sum, so that only an unbroken run of actions is paid for what it earned ("reset"). From the last action of a
             row to the first of the trajectory's next row it is one step ("skip", "count") or the end ("reset"): what
             that row shows before its first action is not counted, as it repeats what was seen before.
-        kl_coef: weight of the penalty against the reference model inside the reward.
+        kl_coef: weight of the penalty against the reference model inside the reward; or the name of a batch signal that
+            holds it (NaN = no penalty), where a trainer steers it from step to step.
         reward: a signal per trajectory (on its last action), per span (on the span's last action) or per token.
 
     Raises:
@@ -90,7 +91,7 @@ def returns_to_go(
         measured, earned = rewards_at_actions(rollouts, line, reward, "returns_to_go")
         parts[reward] = Signal(line.put(line.of_actions(suffix_sum(earned, carry))), "token")
     if kl_coef:
-        penalty = suffix_sum(-kl_coef * log_ratio_at_actions(rollouts, line), carry)
+        penalty = suffix_sum(penalty_at_actions(rollouts, line, kl_coef, "returns_to_go"), carry)
         parts["kl"] = Signal(line.put(line.of_actions(penalty)), "token")
     credit = assemble(rollouts, measured_mask(rollouts, measured), parts)
     return replace(credit, returns=credit.advantages)
@@ -110,7 +111,7 @@ def reinforce_plus_plus(
     *,
     gamma: float = 1.0,
     observations: Observations = "skip",
-    kl_coef: float = 0.0,
+    kl_coef: float | str = 0.0,
     reward: str = "outcome",
 ) -> Estimator:
     """REINFORCE++: discounted returns with the penalty inside, normalised over all tokens of the batch.
@@ -127,19 +128,19 @@ def reinforce_plus_plus(
 
 
 @dialect(reinforce_plus_plus)
-def verl(*, gamma: float = 1.0, kl_coef: float = 0.0, reward: str = "outcome") -> Estimator:
+def verl(*, gamma: float = 1.0, kl_coef: float | str = 0.0, reward: str = "outcome") -> Estimator:
     """verl 0.9.1: the return is carried past observations; sample variance, eps 1e-8 inside."""
     return chain(returns_to_go(gamma=gamma, kl_coef=kl_coef, reward=reward), whiten())
 
 
 @dialect(reinforce_plus_plus)
-def skyrl(*, gamma: float = 1.0, kl_coef: float = 0.0, reward: str = "outcome") -> Estimator:
+def skyrl(*, gamma: float = 1.0, kl_coef: float | str = 0.0, reward: str = "outcome") -> Estimator:
     """SkyRL 0.3.0: the return begins anew before an observation; whitened as in verl."""
     return chain(returns_to_go(gamma=gamma, observations="reset", kl_coef=kl_coef, reward=reward), whiten())
 
 
 @dialect(reinforce_plus_plus)
-def openrlhf(*, gamma: float = 1.0, kl_coef: float = 0.01, reward: str = "outcome") -> Estimator:
+def openrlhf(*, gamma: float = 1.0, kl_coef: float | str = 0.01, reward: str = "outcome") -> Estimator:
     """OpenRLHF 0.11.2 `reinforce`: an observation is a step; the population's variance, at least 1e-8."""
     return chain(
         returns_to_go(gamma=gamma, observations="count", kl_coef=kl_coef, reward=reward),

@@ -13,6 +13,7 @@ from apportion.functional import (
     at_members,
     group_statistics,
     row_moments,
+    segment_any,
     segment_count,
     segment_sum,
 )
@@ -78,6 +79,33 @@ def clip(credit: Credit, rollouts: Rollouts, *, limit: float = 5.0) -> Credit:
     if limit <= 0:
         raise ValueError(f"clip needs a limit above 0; got {limit:g}. To drop credit use scale_by_sign.")
     return credit.replaced(credit.advantages.clamp(-limit, limit), "clip")
+
+
+@transform(requires=("truncated",))
+def without_truncated(credit: Credit, rollouts: Rollouts) -> Credit:
+    """Trajectories that were cut by the length limit leave the loss; what their group was compared with stays as it was.
+
+    Source: overlong filtering, DAPO, arXiv 2503.14476 section 3.4; TRL's `mask_truncated_completions`.
+    Reads: truncated, of a trajectory's last row. Scope: row. Unit: token.
+    Cost: none.
+    Degenerate: with everything cut nothing is counted; the note `truncated_trajectories` says how many were left out.
+
+    Args:
+        credit: what to change. rollouts: the batch.
+
+    Example:
+        >>> from apportion.credit import chain, signed_outcome
+        >>> r = Rollouts.from_lists([[5], [6, 7]], [0, 0], outcome=[1.0, 0.0], truncated=[False, True])
+        >>> chain(signed_outcome(), without_truncated())(r).mask
+        tensor([[ True, False],
+                [False, False]])
+    """
+    assert rollouts.truncated is not None
+    ids, index, count = rollouts.trajectory_ids, rollouts.row_index, rollouts.num_trajectories
+    ends = index == index.new_full((count,), -1).scatter_reduce(0, ids, index, "amax")[ids]
+    cut = segment_any(rollouts.truncated & ends, ids, count)
+    notes = {**credit.notes, "truncated_trajectories": float(cut.sum())}
+    return replace(credit.narrowed(~cut[ids][:, None]), notes=notes)
 
 
 def _over(s: Settings) -> Cover:

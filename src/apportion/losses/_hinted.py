@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apportion.losses._core import Aggregation, Metrics, Outputs, Totals, aggregate, check_aggregation, means
-from apportion.losses._policy import LOG_RATIO_CEILING, PolicyGradient
+from apportion.losses._policy import PolicyGradient
+from apportion.losses._ratios import LOG_RATIO_CEILING
 from apportion.types import Cover, Credit, Rollouts
 
 

@@ -14,7 +14,9 @@ _RESAMPLES = 10_000
 SLACK = 0.05
 """How far a run's last evaluation may lie beyond the common budget: responses of equal steps differ a little in length."""
 _GRID = 200
-_NOT_THE_METHOD = ("seed", "steps", "out", "progress", "track", "save_every", "threads")
+_ALSO = ("greedy", "length", "truncated", "entropy")
+_NOT_THE_METHOD = ("seed", "steps", "out", "progress", "track", "save_every", "save_model", "threads")
+_WHEN_IT_STOPS = ("patience", "keep_best", "collapse_reward", "collapse_entropy", "collapse_length")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def group_runs(paths: list[Path]) -> list[Group]:
 
 def _config(run: Run) -> dict[str, Any]:
     config = run.info.get("config") or {}
-    return {k: v for k, v in config.items() if k not in _NOT_THE_METHOD}
+    return {k: v for k, v in config.items() if k not in (*_NOT_THE_METHOD, *_WHEN_IT_STOPS)}
 
 
 def _labels(firsts: list[Run]) -> list[str]:
@@ -101,11 +103,12 @@ def before_after(group: Group, tokens: float) -> dict[str, Any]:
     """Accuracy at the first evaluation and at the last one within the budget, and their paired difference.
 
     The interval resamples held-out problems, and seeds where there are several; None where the evaluations do not say
-    which problems were answered.
+    which problems were answered. `also` holds [before, after] of the other numbers of the evaluations.
     """
     pairs = [pair for run in group.runs if (pair := _first_and_last(run, tokens))]
     if not pairs:
-        return {"before": None, "after": None, "difference": None, "interval": None, "tokens": None, "problems": None}
+        nothing = dict.fromkeys(("before", "after", "difference", "interval", "tokens", "problems"))
+        return {**nothing, "also": {}}
     before = float(np.mean([first["accuracy"] for first, _ in pairs]))
     after = float(np.mean([last["accuracy"] for _, last in pairs]))
     changes = _changes(pairs)
@@ -116,7 +119,28 @@ def before_after(group: Group, tokens: float) -> dict[str, Any]:
         "interval": None if changes is None else paired_interval(changes),
         "tokens": float(np.mean([last["tokens"] for _, last in pairs])),
         "problems": pairs[0][1].get("n"),
+        "also": _also(pairs),
     }
+
+
+def _also(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, tuple[float, float]]:
+    """Whatever else every evaluation measured, before and after: the mean over seeds."""
+    first = pairs[0][0]
+    names = [name for name in first if name in _ALSO or name.startswith(("pass@", "majority@"))]
+    lines = [line for pair in pairs for line in pair]
+    return {
+        name: (float(np.mean([a[name] for a, _ in pairs])), float(np.mean([b[name] for _, b in pairs])))
+        for name in names
+        if all(line.get(name) is not None for line in lines)
+    }
+
+
+def stopped(run: Run) -> dict[str, Any] | None:
+    """The step and the reason if a run ended before its last step, and has not gone on since."""
+    stops, steps = run.metrics("stop"), run.metrics("train")
+    if not stops or (steps and steps[-1]["step"] > stops[-1]["step"]):
+        return None
+    return {"run": str(run.path), "step": stops[-1]["step"], "reason": stops[-1].get("reason")}
 
 
 def paired_interval(changes: Array) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from apportion.cli._app import OptionalPath, call, console, print_json
-from apportion.cli._curves import SLACK, Curve, Group, before_after, budget, curve, group_runs
+from apportion.cli._curves import SLACK, Curve, Group, before_after, budget, curve, group_runs, stopped
 from apportion.cli._errors import UserError
 
 _PANELS = {"accuracy": ("eval", "accuracy", "held-out accuracy"), "reward": ("train", "reward", "training reward")}
@@ -63,6 +63,7 @@ def _row(group: Group, tokens: float | None) -> dict[str, Any]:
         "runs": [str(run.path) for run in group.runs],
         "seeds": [run.info.get("seed") for run in group.runs],
         **before_after(group, float("inf") if tokens is None else tokens),
+        "stopped": [stop for run in group.runs if (stop := stopped(run))],
         "last_reward": None if reward is None else float(reward.mean[-1]),
         "curves": {name: _numbers(curve(group.runs, kind, key)) for name, (kind, key, _) in _PANELS.items()},
     }
@@ -75,11 +76,9 @@ def _numbers(line: Curve | None) -> dict[str, Any] | None:
 
 
 def _print_table(rows: list[dict[str, Any]], tokens: float | None) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("credit", overflow="fold", min_width=20)
+    table = _table()
     for name in ("seeds", "tokens", "before", "after", "difference", "95 % interval", "problems", "last reward"):
         table.add_column(name, justify="right", no_wrap=name == "95 % interval")
     for row in rows:
@@ -104,6 +103,34 @@ def _print_table(rows: list[dict[str, Any]], tokens: float | None) -> None:
             f"after = the last evaluation within {tokens:,.0f} sampled tokens (up to {SLACK:.0%} more), "
             "which every run evaluated twice has reached; tokens = mean over seeds at that evaluation"
         )
+    _print_also(rows)
+    for stop in (stop for row in rows for stop in row["stopped"]):
+        out.print(Text(f"\n{stop['run']} stopped early, after step {stop['step']}: {stop['reason']}"))
+
+
+def _print_also(rows: list[dict[str, Any]]) -> None:
+    """What else the evaluations measured, before and after, as far as there is any."""
+    from rich.text import Text
+
+    names = list(dict.fromkeys(name for row in rows for name in row["also"]))
+    if not names:
+        return
+    table = _table()
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        pairs = [row["also"].get(name) for name in names]
+        table.add_row(Text(row["label"]), *("-" if p is None else f"{p[0]:.3g} -> {p[1]:.3g}" for p in pairs))
+    console().print("\nalso measured, before -> after:")
+    console().print(table)
+
+
+def _table() -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("credit", overflow="fold", min_width=20)
+    return table
 
 
 def _number(x: Any, form: str) -> str:

@@ -10,6 +10,7 @@ from rich.text import Text
 from apportion.cli import _heat
 from apportion.cli._app import OptionalNumber, OptionalText, call, console, existing, print_json
 from apportion.cli._compose import parse_credit, short
+from apportion.cli._curves import stopped
 from apportion.cli._errors import UserError
 from apportion.record import Run, read_jsonl
 from apportion.types import Credit, Rollouts
@@ -33,7 +34,8 @@ def show(
 ) -> int:
     """Show one rollout as a heat map of credit (blue: credit, orange: blame), with the sum behind each number.
 
-    By default the rollout with the largest spread of credit, in the last step that has any.
+    By default the rollout with the largest spread of credit, in the last step that has any. Below it stand the run's
+    last evaluation and, if it stopped early, why.
 
     Examples:
       apportion show runs/capo
@@ -55,9 +57,10 @@ def show(
     chosen = _choose(rollouts, given, row, prompt)
     view = _heat.view_of(rollouts, given, chosen)
     if json:
-        print_json(_as_json(view, rollouts, number, method))
+        print_json({**_as_json(view, rollouts, number, method), **_state(source)})
     else:
         _print(view, _title(view, rollouts, number, method), tokens)
+        _print_state(**_state(source))
     return 0
 
 
@@ -119,6 +122,25 @@ def _print(view: _heat.View, title: str, every_token: bool) -> None:
     out.print(_heat.heat_map(view))
     out.print()
     out.print(_heat.sums(view, every_token=every_token))
+
+
+def _state(source: Path) -> dict[str, Any]:
+    """The last evaluation of a run, and where and why it stopped if it did so early; None where there is none."""
+    run = Run(source) if source.is_dir() else None
+    evaluations = [] if run is None else run.metrics("eval")
+    return {
+        "evaluation": evaluations[-1] if evaluations else None,
+        "stopped": None if run is None else stopped(run),
+    }
+
+
+def _print_state(evaluation: dict[str, Any] | None, stopped: dict[str, Any] | None) -> None:
+    from apportion.train.report import evaluated
+
+    told = [f"held-out after step {evaluation['step']}: {evaluated(evaluation)}"] if evaluation else []
+    told += [f"the run stopped early, after step {stopped['step']}: {stopped['reason']}"] if stopped else []
+    for line in told:
+        console().print(Text("\n" + _heat.visible(line)))
 
 
 def _title(view: _heat.View, rollouts: Rollouts, step: int | None, method: str) -> str:

@@ -2,8 +2,10 @@
 
 from apportion.functional._bounded import BoundedForm, bounded_rewards
 from apportion.functional._groups import EpsInside, GroupStatistics, Moments, group_statistics, row_moments
+from apportion.functional._intervals import mean_intervals
 from apportion.functional._logits import self_certainty
 from apportion.functional._order import row_median, row_top
+from apportion.functional._passk import majority_at_k, pass_at_k
 from apportion.functional._prefixes import longest_shared, prefix_values, shrinks
 from apportion.functional._readings import contrast_reward, early_stop
 from apportion.functional._scans import suffix_min, suffix_sum
@@ -32,6 +34,9 @@ __all__ = [
     "kept",
     "row_moments",
     "longest_shared",
+    "majority_at_k",
+    "mean_intervals",
+    "pass_at_k",
     "prefix_values",
     "row_median",
     "row_top",

@@ -43,6 +43,42 @@ def last_number(text: str) -> Fraction | None:
     return _first(_numbers(text)[::-1])
 
 
+def marked_answer(text: str) -> str | None:
+    r"""What a text marks as its answer; None without a mark.
+
+    The line that follows the last `####`, else what the last `\boxed{...}` holds, else the last `<answer>...</answer>`. A
+    mark that is not closed holds the rest.
+
+    Example:
+        >>> marked_answer("so\n#### Rome"), marked_answer(r"it is \boxed{\text{B}}"), marked_answer("Rome")
+        ('Rome', '\\text{B}', None)
+    """
+    _, mark, after = text.rpartition("####")
+    if mark:
+        return after.strip().partition("\n")[0].strip()
+    boxed = _boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    _, mark, after = text.rpartition("<answer>")
+    return after.partition("</answer>")[0].strip() if mark else None
+
+
+def stated_answer(text: str, gold: str) -> Fraction | str | None:
+    r"""What a text gives as its answer, so that equal answers can be counted; None if it gives none.
+
+    Where the gold answer is a number, the text's number (`read_number`). Else what it marks (`marked_answer`), or the
+    whole text, without case and white space.
+
+    Example:
+        >>> stated_answer("so x = 1,000.", "12") == stated_answer("#### 1000", "12"), stated_answer("Yes, of course", "no")
+        (True, 'yes,ofcourse')
+    """
+    if _NUMBER.fullmatch(_FRACTION.sub(r"\1/\2", gold.translate(_MINUS)).strip(" %\n")):
+        return read_number(text)
+    marked = marked_answer(text)
+    return "".join((text if marked is None else marked).casefold().split()) or None
+
+
 def numeric_answer(text: str, gold: str, *, tolerance: float = 0.0) -> float:
     """1 if the text's number (`read_number`) equals the gold one, else 0.
 

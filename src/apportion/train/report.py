@@ -57,14 +57,28 @@ class Report:
 
 def _line(step: int, kind: str, n: dict[str, Any], config: Config) -> str:
     if kind == "eval":
-        return f"step {step:4d}  held-out accuracy {n['accuracy']:.3f} on {n['n']} problems"
+        return f"step {step:4d}  held-out {evaluated(n)}"
+    if kind == "stop":
+        return f"step {step:4d}  stopped: {n['reason']}"
     if kind == "warmup":
         return f"warm-up {step:3d}/{config.warmup}  loss {n['loss']:.3f} nats  {n['seconds']:.1f} s"
+    grad = f"  grad {n['grad_norm']:.2f}" if "grad_norm" in n else ""  # none while a critic warms up alone
     return (
         f"step {step:4d}/{config.steps}  reward {n['reward']:.3f}  length {n['length']:.1f}  "
-        f"dead groups {n['dead_groups']:.2f}  grad {n['grad_norm']:.2f}  tokens {n['tokens']}  "
+        f"dead groups {n['dead_groups']:.2f}{grad}  tokens {n['tokens']}  "
         f"{n['seconds_sample']:.1f}+{n['seconds_measure']:.1f}+{n['seconds_update']:.1f} s"
     )
+
+
+def evaluated(n: dict[str, Any]) -> str:
+    """The numbers of an evaluation in one line: accuracy with its interval, then whatever else was measured."""
+    low, high = (n.get("intervals") or {}).get("accuracy", (None, None))
+    between = "" if low is None else f" ({low:.3f} to {high:.3f})"
+    more = [name for name in n if name.startswith(("pass@", "majority@")) or name in ("greedy", "length", "truncated")]
+    told = "".join(f"  {name} {n[name]:.{1 if name == 'length' else 3}f}" for name in more)
+    if n.get("unmeasured"):
+        told += f"  {n['unmeasured']} unmeasured ({n.get('unmeasured_reason', 'NaN')[:80]!r})"
+    return f"accuracy {n['accuracy']:.3f}{between} on {n.get('n', '?')} problems{told}"
 
 
 def _tracker(config: Config) -> Tracker | None:

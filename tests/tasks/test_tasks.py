@@ -254,11 +254,11 @@ def test_train_and_test_files_that_share_questions(tmp_path):
     [
         (
             '{"question": "How many?", "answer": "#### 3"',
-            r"data\.jsonl line 2 is not JSON: .*Repair the line or remove it",
+            r"data\.jsonl line 2 is not JSON: .*Repair or remove it",
         ),
         (b"\xff\xfe\x00", r"data\.jsonl line 2 is not JSON"),
         ('{"question": "How many?", "reply": "3"}', "line 2 needs question and answer, .* got question, reply"),
-        ("[1, 2]", "line 2 needs question and answer, .* got list"),
+        ("[1, 2]", "line 2 needs an object with a value per column; got list"),
         (
             '{"question": "How many?", "answer": "3"}',
             "line 2 needs an answer that ends in '#### ' and a number; got '3'",
@@ -277,15 +277,17 @@ def test_a_broken_line_is_named(tmp_path, line, text):
 
 
 def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no file nowhere/data\.jsonl\. Give a JSONL file"):
+    with pytest.raises(ValueError, match=r"there is no file nowhere/data\.jsonl\. Give a file \(\.jsonl"):
         gsm8k("nowhere/data.jsonl")
-    with pytest.raises(ValueError, match=r"has no \*\.jsonl file"):
+    with pytest.raises(ValueError, match=r"has no file that ends in \.jsonl, \.json, \.parquet, \.csv"):
         gsm8k(str(tmp_path))
 
 
 def test_too_few_problems_to_split(tmp_path):
     (tmp_path / "one.jsonl").write_text((DATA / "mawps_schema.jsonl").read_text().splitlines()[0])
-    with pytest.raises(ValueError, match=r"the 1 problems of .*one\.jsonl split into \d for train and \d for test"):
+    with pytest.raises(
+        ValueError, match=r"mawps has \d problems for train and \d for test, divided with test_share=0\.2"
+    ):
         mawps(str(tmp_path / "one.jsonl"))
 
 
@@ -294,7 +296,7 @@ def test_a_hub_that_cannot_be_reached_gives_one_clear_message():
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "PATH": "/usr/bin", "HOME": "/nonexistent"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=True)
     assert done.stdout.startswith("could not load openai/gsm8k from the hub: ")
-    assert "give the path of a JSONL file" in done.stdout
+    assert "give the path of a file" in done.stdout
 
 
 # ---- reasoning-gym ------------------------------------------------------------------------------------------------------
@@ -460,7 +462,7 @@ def test_a_users_own_task(tmp_path, monkeypatch):
     [
         ("arithmatic", "there is no task 'arithmatic'. Did you mean 'arithmetic'"),
         ("chain_sum", r"there is no task 'chain_sum'. Did you mean 'reasoning_gym\(chain_sum\)'"),
-        ("zzz(1)", "there is no task 'zzz'. Known: arithmetic, gsm8k, mawps, reasoning_gym, svamp, word_problems"),
+        ("zzz(1)", "there is no task 'zzz'. Known: arithmetic, calculator, from_data, "),
         ("arithmetic(term=5)", "arithmetic has no argument 'term'. Did you mean 'terms'"),
         ("arithmetic(5)", r"arithmetic: too many positional arguments. For example arithmetic\(terms=4"),
         ("arithmetic(terms='x')", r"arithmetic\(terms='x'\): an argument has a wrong type: .* For example arithmetic"),

@@ -13,10 +13,13 @@ import resource
 import signal
 import struct
 import sys
+import traceback
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 HEADER = struct.Struct(">Q")
+_LONGEST_TRACE = 20_000
 
 
 def serve() -> None:
@@ -46,18 +49,19 @@ def _answer(function: Callable[..., Any], arguments: Any) -> bytes:
     except MemoryError:
         return _encoded("memory", None)
     except BaseException as error:
-        return _encoded("raised", f"{type(error).__name__}: {str(error)[:500]}")
+        trace = "".join(traceback.format_tb(error.__traceback__))[-_LONGEST_TRACE:]
+        return _encoded("raised", f"{type(error).__name__}: {str(error)[:500]}", trace)
 
 
-def _encoded(status: str, value: Any) -> bytes:
-    return json.dumps({"status": status, "value": value}).encode()
+def _encoded(status: str, value: Any, trace: str = "") -> bytes:
+    return json.dumps({"status": status, "value": value, "trace": trace}, default=float).encode()
 
 
 def _load(target: str) -> Callable[..., Any]:
-    """`module:function` or `/path/to/file.py:function`."""
+    """`module:function` (or `module:object.method`) or `/path/to/file.py:function`."""
     where, _, name = target.rpartition(":")
     if not where.endswith(".py"):
-        return getattr(importlib.import_module(where), name)  # type: ignore[no-any-return]
+        return reduce(getattr, name.split("."), importlib.import_module(where))  # type: ignore[return-value]
     spec = importlib.util.spec_from_file_location("target", where)
     assert spec is not None
     assert spec.loader is not None

@@ -153,6 +153,23 @@ def expression(text: str) -> Operation | None:
     return parsed if isinstance(parsed, Operation) else None
 
 
+def arithmetic_value(text: str) -> Fraction:
+    """The exact value of a text that is one arithmetic expression and nothing else, as a calculator reads it.
+
+    Raises:
+        ValueError: the text is no such expression, or its numbers are too large.
+        ZeroDivisionError: by a division by zero.
+
+    Example:
+        >>> arithmetic_value("2*(3+4)"), arithmetic_value("1/3")
+        (Fraction(14, 1), Fraction(1, 3))
+    """
+    tokens = _tokens(text.strip()) if len(text) <= MAX_TOKENS * MAX_DIGITS else []
+    if not 0 < len(tokens) <= MAX_TOKENS or any(t.kind not in ("number", "sign") for t in tokens):
+        raise Unreadable("not an arithmetic expression")
+    return value(_Parser(tokens).whole())
+
+
 def numbers(text: str) -> list[Fraction]:
     """The numbers written in a text, without their signs."""
     return [_number(t.text).value for t in _tokens(text) if t.kind == "number" and len(t.text) <= MAX_DIGITS]

@@ -24,10 +24,11 @@ START_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Reply:
-    """How a call ended, and its value where `status` is "ok" (the error's text where it is "raised")."""
+    """How a call ended, and its value where `status` is "ok"; where it is "raised", the error's text and its traceback."""
 
     status: Status
     value: Any = None
+    trace: str = ""
 
 
 class Worker:
@@ -67,6 +68,15 @@ class Worker:
                 self._stop()
             self.counts[reply.status] += 1
             return reply
+
+    def start(self) -> None:
+        """Start the process now, so that a function that cannot be imported is found now.
+
+        Raises:
+            RuntimeError: as a call.
+        """
+        with self._lock:
+            self._running()
 
     def close(self) -> None:
         """Kill the process, if there is one; a later call starts another."""

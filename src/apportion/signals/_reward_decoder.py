@@ -140,6 +140,10 @@ class _Decoder:
         unknown = phi.new_full((len(phi),), torch.nan)
         return {"decoded": Signal(unknown if decoded is None else decoded.to(phi.dtype), self.spans)}
 
+    def __repr__(self) -> str:
+        settings = (f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k != "weights")
+        return f"{type(self).__name__}({', '.join(settings)})"
+
     def _decoded(self, phi: Tensor) -> Tensor | None:
         raise NotImplementedError
 

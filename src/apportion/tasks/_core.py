@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from apportion.tasks._environment import Environment
+
 TEST_SHARE = 0.25
 """Share of all questions that `held_out` keeps for tests."""
 _DRAWS_PER_PROBLEM = 20
@@ -35,7 +37,11 @@ class Problem:
 
 @runtime_checkable
 class Task(Protocol):
-    """Prompts with a verifier. A task may also have `splitter` and `judge`: the default ones for its responses, or None."""
+    """Prompts with a verifier.
+
+    A task may also have `splitter` and `judge`: the default ones for its responses, or None; and
+    `environment(problem) -> Environment`: what answers a rollout's turns, or None.
+    """
 
     @property
     def name(self) -> str:
@@ -60,6 +66,8 @@ class BasicTask:
     Args:
         verifier: `(problem, text) -> reward`; responses of nothing but white space get 0 without asking it.
         splitter: finds the written steps of a response. judge: judges them. None = no default.
+        environment: `problem -> Environment`, which answers the turns of a rollout; None = a response is one turn.
+        notes: what a person should know before training: rows that were left out, near-duplicates.
 
     Raises:
         ValueError: a question is in both `train` and `test`.
@@ -71,13 +79,16 @@ class BasicTask:
     verifier: Callable[[Problem, str], float] = field(repr=False)
     splitter: Any = None
     judge: Any = None
+    environment: Callable[[Problem], Environment] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_disjoint(self.name, self.train, self.test)
 
     def __repr__(self) -> str:
-        problems = repr([(p.id, p.prompt, p.answer) for pool in (self.train, self.test) for p in pool])
-        digest = hashlib.sha256(problems.encode()).hexdigest()[:8]
+        verifier = getattr(self.verifier, "__qualname__", type(self.verifier).__qualname__)
+        problems = [(p.id, p.prompt, p.answer) for pool in (self.train, self.test) for p in pool]
+        digest = hashlib.sha256(repr((verifier, problems)).encode("utf-8", "surrogatepass")).hexdigest()[:8]
         return f"<task {self.name}: {len(self.train)} train, {len(self.test)} test, {digest}>"
 
     def verify(self, problem: Problem, text: str) -> float:

@@ -3,14 +3,14 @@
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from apportion.signals import Worker, last_number, lines, reward_of
+from apportion.tasks._answers import plain_number
 from apportion.tasks._core import BasicTask, Problem, draw, draws, problem_id
+from apportion.tasks._names import nearest
 
 _INSTRUCTIONS = {"tag": "Give your final answer between <answer> and </answer>.", "number": "", "text": ""}
 _EXAMPLES = ("example_answer", "example_correct_answer", "possible_answer")
@@ -69,7 +69,7 @@ def extracted(text: str, how: str) -> str:
     """The part of a response that is scored; empty if there is none."""
     if how == "number":
         number = last_number(text)
-        return "" if number is None else _decimal(number)
+        return "" if number is None else plain_number(number)
     _, tag, after = text.rpartition("<answer>")
     return (after.partition("</answer>")[0] if tag and how == "tag" else text).strip()
 
@@ -78,10 +78,6 @@ def extracted(text: str, how: str) -> str:
 def _scorer() -> Worker:
     """One process scores for all tasks of this interpreter."""
     return Worker(f"{Path(__file__).with_name('_scorer.py')}:score", seconds=10.0, memory=1 << 30)
-
-
-def _decimal(number: Fraction) -> str:
-    return str(number) if number.denominator == 1 else str(float(number))
 
 
 def _problem(name: str, entry: Mapping[str, Any], instruction: str, chat: bool) -> Problem:
@@ -116,9 +112,3 @@ def _entries(name: str, seed: int, size: int, options: Mapping[str, Any]) -> Ite
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"{name} of reasoning-gym refuses these options: {error}") from error
     return (data[i] for i in range(size))
-
-
-def nearest(name: str, known: Any) -> str:
-    """A hint at the nearest right name, or the list of names if none is near."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."

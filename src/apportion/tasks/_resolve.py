@@ -1,17 +1,18 @@
 """From what a person types to a task: exported names and literals only, never evaluated."""
 
 import ast
-import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from apportion.tasks._arithmetic import arithmetic
+from apportion.tasks._calculator import calculator
 from apportion.tasks._core import Task
-from apportion.tasks._reasoning_gym import nearest, reasoning_gym_task
+from apportion.tasks._data import from_data
+from apportion.tasks._names import imported, is_own, nearest
+from apportion.tasks._reasoning_gym import reasoning_gym_task
 from apportion.tasks._words import gsm8k, mawps, svamp, word_problems
 
 
@@ -30,6 +31,13 @@ _TASKS: Mapping[str, tuple[Callable[..., Task], TaskInfo]] = MappingProxyType(
         name: (make, TaskInfo(name, str(inspect.getdoc(make)).split("\n")[0], needs, example))
         for name, make, needs, example in (
             ("arithmetic", arithmetic, "nothing", "arithmetic(terms=4, digits=1)"),
+            ("calculator", calculator, "nothing", "calculator(terms=3, digits=3)"),
+            (
+                "from_data",
+                from_data,
+                "a path, or the package datasets",
+                "from_data('train.jsonl', test='test.jsonl', prompt='question', answer='answer')",
+            ),
             ("gsm8k", gsm8k, "a path, or the package datasets and the network", "gsm8k(path='data/gsm8k')"),
             ("mawps", mawps, "a path", "mawps(path='data/mawps/addsub.jsonl')"),
             ("reasoning_gym", reasoning_gym_task, "the package reasoning-gym", "reasoning_gym(chain_sum, max_terms=3)"),
@@ -38,7 +46,6 @@ _TASKS: Mapping[str, tuple[Callable[..., Task], TaskInfo]] = MappingProxyType(
         )
     }
 )
-_OWN = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 
 
 def available() -> list[TaskInfo]:
@@ -55,9 +62,8 @@ def resolve_task(text: str) -> Task:
     Raises:
         ValueError: an unknown name or argument (answered with the nearest known one), a wrong one, or text of another form.
     """
-    own = _OWN.fullmatch(text.strip())
-    if own:
-        return _imported(own["module"], own["name"])
+    if is_own(text):
+        return _own(text)
     name, positional, named = _parsed(text)
     if name not in _TASKS:
         raise ValueError(f"there is no task {name!r}.{_hint(name)}")
@@ -114,19 +120,9 @@ def _hint(name: str) -> str:
     return f" Did you mean 'reasoning_gym({name})'?" if name in DATASETS else nearest(name, _TASKS)
 
 
-def _imported(module: str, name: str) -> Task:
-    try:
-        source = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"cannot import {module} for the task {module}:{name}: {error}. Is it on the Python path?"
-        ) from error
-    if not hasattr(source, name):
-        raise ValueError(
-            f"the module {module} has no {name!r}.{nearest(name, [n for n in vars(source) if n[0] != '_'])}"
-        )
-    found = getattr(source, name)
+def _own(text: str) -> Task:
+    found = imported(text, "task")
     made = found if isinstance(found, Task) or not callable(found) else found()
     if not isinstance(made, Task):
-        raise ValueError(f"{module}:{name} gave a {type(made).__name__}. A task has name, train, test and verify.")
+        raise ValueError(f"{text.strip()} gave a {type(made).__name__}. A task has name, train, test and verify.")
     return made

@@ -7,7 +7,7 @@ import torch
 
 from apportion.credit import grpo
 from apportion.losses import KLToReference, PolicyGradient, add_losses
-from apportion.train import CausalPolicy, NotFinite, Request
+from apportion.train import CausalPolicy, NotFinite, Request, Sampling
 from apportion.train.learner import micro_batches, update
 from apportion.types import Credit, Signal
 
@@ -17,8 +17,7 @@ LOSS = add_losses(PolicyGradient())
 def sampled(policy, task, sizes=(4, 1, 3), rewards=None):
     rollouts = policy.sample(
         [Request(p, n) for p, n in zip(task.train, sizes, strict=False)],
-        max_new_tokens=10,
-        temperature=1.0,
+        Sampling(max_new_tokens=10),
         generator=torch.Generator().manual_seed(0),
     )
     rewards = torch.tensor(rewards or [1.0, 0, 0, 1, 1, 0, 1, 1])

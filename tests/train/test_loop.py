@@ -69,7 +69,7 @@ def test_it_learns(config, digits):
 @pytest.mark.parametrize(
     "options",
     [
-        {"credit": gae(), "critic": True},
+        {"credit": gae(), "critic": "head"},
         {"credit": grpo(), "lora_rank": 2},
         {"credit": grpo(), "kl_coef": 0.1},
         {"credit": grpo(), "kl_coef": 0.1, "kl_estimator": "k1", "lora_rank": 2, "warmup": 2},
@@ -156,7 +156,7 @@ def test_a_nan_reward_stops_the_run_names_the_rollout_and_saves_it(config, digit
     monkeypatch.setattr(digits, "verify", lambda problem, text: float("nan"), raising=False)
     settings = config(task=digits, eval_every=0)
     with pytest.raises(
-        NotFinite, match=r"step 1 stopped: the reward is nan, caused by 16 of 16 rollouts \(rows \[0, 1"
+        NotFinite, match=r"step 1 stopped: the reward verifier is nan, not measured, on row 0, .* caused by 16 of 16 rollouts \(rows \[0, 1"
     ) as e:
         run(settings)
     saved = read_jsonl(settings.folder / "not-finite-step-000001.jsonl")
@@ -194,8 +194,8 @@ def test_an_infinite_credit_stops_before_the_weights_change(config, digits):
     ("options", "message"),
     [
         ({"group_size": 1}, r"compares responses of a group and needs at least 2 per prompt, but group_size is 1"),
-        ({"critic": True}, r"critic is on, but .* reads no values. Use gae"),
-        ({"credit": gae()}, r"needs values, which nothing in this run supplies. Train with critic=True"),
+        ({"critic": "head"}, r"critic is 'head', but .* reads no values. Use gae"),
+        ({"credit": gae()}, r"needs values, which nothing in this run supplies. Train with a critic \(--critic head"),
         ({"credit": capo()}, r"needs signals.judge, spans.step, which nothing in this run supplies. Give a judge"),
         ({"max_new_tokens": 0}, r"max_new_tokens must be at least 1; got 0"),
         ({"max_new_tokens": 500}, r"needs \d+ prompt tokens \+ 500 new ones, but the model's context has 128"),
@@ -252,7 +252,7 @@ def test_run_json_can_be_read_by_a_script(config, digits):
 
 
 def test_config_has_a_loss_term_for_each_option(config):
-    settings: Config = config(kl_coef=0.1, entropy_coef=0.1, critic=True)
+    settings: Config = config(kl_coef=0.1, entropy_coef=0.1, critic="head")
     assert [type(t).__name__ for t in settings.loss().terms] == [
         "PolicyGradient",
         "KLToReference",

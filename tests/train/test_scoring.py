@@ -5,7 +5,7 @@ import torch
 
 from apportion.credit import chain, grpo, oprl, potential, r_to_q, t_reg
 from apportion.record import Run
-from apportion.train import CausalPolicy, GoalCosine, ModelLogRatio, PromptContrast, Request, goal_state, run
+from apportion.train import CausalPolicy, GoalCosine, ModelLogRatio, PromptContrast, Request, Sampling, goal_state, run
 from conftest import build_tiny_model
 
 
@@ -19,8 +19,7 @@ def other_model(tmp_path_factory) -> str:
 def sampled(policy, task, sizes=(3, 1, 2)):
     return policy.sample(
         [Request(p, n) for p, n in zip(task.train, sizes, strict=False)],
-        max_new_tokens=10,
-        temperature=policy.temperature,
+        Sampling(max_new_tokens=10, temperature=policy.temperature),
         generator=torch.Generator().manual_seed(0),
     )
 

@@ -9,7 +9,7 @@ from apportion.credit import attention_rhythm, estimator, grpo, ucas
 from apportion.credit._base import assemble
 from apportion.record import Run
 from apportion.signals import TOKEN_STATISTICS, AttentionRhythm, fixed_ngrams
-from apportion.train import CausalPolicy, Request, SpansFrom, run
+from apportion.train import CausalPolicy, Request, Sampling, SpansFrom, run
 from apportion.train.learner import in_parts
 from apportion.train.measuring import measured, measures_of, required, statistics_of, with_statistics
 from apportion.types import Credit, Rollouts, Signal
@@ -26,8 +26,7 @@ def times_outcome(rollouts: Rollouts, *, signal: str = "entropy") -> Credit:
 def sampled(policy: CausalPolicy, task, statistics=(), temperature=1.0, sizes=(4, 1, 3)) -> Rollouts:
     return policy.sample(
         [Request(p, n) for p, n in zip(task.train, sizes, strict=False)],
-        max_new_tokens=10,
-        temperature=temperature,
+        Sampling(max_new_tokens=10, temperature=temperature),
         generator=torch.Generator().manual_seed(0),
         statistics=statistics,
     )

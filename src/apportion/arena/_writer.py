@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from apportion.train.models import user_cache
 from apportion.train.packing import pack
-from apportion.train.sampler import sample
+from apportion.train.sampler import Sampling, sample, uniform_numbers
 from apportion.types import Rollouts, Spans
 
 ALPHABET = "0123456789=~.>$abcdefg"
@@ -330,15 +330,16 @@ def write(
     statistics: Sequence[str] = (),
 ) -> Written:
     """So many responses to each beginning, of at most `limit` tokens."""
+    sampling = Sampling(max_new_tokens=limit, temperature=0.0 if greedy else 1.0)
+    uniform = uniform_numbers(sum(copies), sampling, generator)
     groups = sample(
         model,
         begun.tolist(),
         copies,
-        max_new_tokens=limit,
+        sampling,
+        uniform,
         end_ids=(END,),
         pad_id=END,
-        temperature=0.0 if greedy else 1.0,
-        generator=generator,
         statistics=statistics,
         batch_rows=_ROWS,
     )

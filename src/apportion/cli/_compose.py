@@ -174,8 +174,20 @@ def _own(text: str) -> credit.Estimator:
     )
 
 
-def imported(module_name: str, attribute: str) -> Any:
-    """What the user's own `module:attribute` names; modules of the working directory are found."""
+def own(option: str, text: str) -> Any:
+    """What the user's own `module:attribute` names.
+
+    Raises:
+        UserError: the text has another form, or names nothing.
+    """
+    if not _OWN.fullmatch(text):
+        raise UserError(f"{option} {text!r:.200} is not module:function. Example: {option} my_module:my_function")
+    module_name, _, attribute = text.partition(":")
+    return imported(module_name, attribute, option)
+
+
+def imported(module_name: str, attribute: str, option: str = "--credit") -> Any:
+    """What `module:attribute` names; modules of the working directory are found."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -183,10 +195,10 @@ def imported(module_name: str, attribute: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             raise
-        raise UserError(f"--credit: there is no module {module_name!r} here or on PYTHONPATH.") from None
+        raise UserError(f"{option}: there is no module {module_name!r} here or on PYTHONPATH.") from None
     for name in attribute.split("."):
         if not hasattr(found, name):
-            raise UserError(f"--credit: {module_name} has no {attribute!r}. {nearest(name, _public(found))}")
+            raise UserError(f"{option}: {module_name} has no {attribute!r}. {nearest(name, _public(found))}")
         found = getattr(found, name)
     return found
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "Compare runs on equal sampled tokens: a table and learning curves.",
     "credit": "Compute the credit of logged rollouts, or check a run's.",
     "show": "Show one rollout as a heat map of credit, with the sum behind each number.",
+    "chat": "Talk to the model of a run.",
     "methods": "List the credit methods and what they need.",
     "tasks": "List the tasks.",
     "arena": "Measure how right every credit method is, in worlds whose exact advantages are known.",

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from apportion.cli._app import call_with, print_json
-from apportion.cli._compose import parse_credit
+from apportion.cli._compose import own, parse_credit
 from apportion.cli._errors import UserError, nearest
+from apportion.cli._rewards import parse_reward
 from apportion.train.config import Config, Options
 from apportion.train.models import user_cache
 
@@ -20,7 +21,8 @@ class Arguments(Options):
     Examples:
       apportion train --model smollm2-135m-instruct --task arithmetic --warmup 30 --credit capo --out runs/capo
       apportion train --model runs/capo/model --task "arithmetic(terms=5)" --credit "chain(grpo(), clip(limit=2.0))" --out runs/five
-      apportion train --model smollm2-135m-instruct --task my_module:my_task --credit gae --critic --out runs/ppo
+      apportion train --model smollm2-135m-instruct --task my_module:my_task --credit gae --critic head --critic-warmup 5 --out runs/ppo
+      apportion train --model MODEL --task "from_data(path='mine.jsonl')" --rewards my_module:polite "0.1*overlong(limit=200, buffer=50)" --out runs/mine
       apportion train --resume runs/capo
       apportion train --resume runs/capo --steps 100
     """
@@ -29,6 +31,14 @@ class Arguments(Options):
     """A name, a call with literals, or your own module:function; see `apportion tasks`."""
     credit: str = "grpo"
     """A name, a composition, or your own module:function; see `apportion methods`."""
+    rewards: tuple[str, ...] = ()
+    """Rewards beside the task's verifier: module:function, a built-in one as overlong(limit=200, buffer=50), or model:FOLDER; each may have its weight in front, as in 0.5*module:function."""
+    step_reward: str = ""
+    """Your own module:function that rewards each written step, for methods that read `signals.process`."""
+    measures: tuple[str, ...] = ()
+    """Your own measures of other signals: module:object, or module:function that makes one."""
+    group_sizes: str = ""
+    """Your own module:function from a problem to its number of responses; empty = group_size for each."""
     splitter: str = "auto"
     """What cuts responses into steps: auto (the task's own), lines, sentences or blank_lines."""
     judge: str = "auto"
@@ -78,19 +88,34 @@ def _config(arguments: Arguments) -> Config:
         **options,
         task=resolve_task(arguments.task),
         credit=credit,
+        rewards=tuple(map(parse_reward, arguments.rewards)),
         judge=_judge(arguments),
         splitter=_splitter(arguments.splitter),
-        measures=_measures(credit.requires),
+        measures=_measures(arguments, credit.requires),
+        group_sizes=own("--group-sizes", arguments.group_sizes) if arguments.group_sizes else None,
     )
 
 
-def _measures(requires: Sequence[str]) -> tuple[Any, ...]:
-    """Scores of steps from a judge's verdicts, and macro actions of five tokens, where the method reads such things."""
+def _measures(arguments: Arguments, requires: Sequence[str]) -> tuple[Any, ...]:
+    """The user's own, and where the method reads them: macro actions of five tokens, scores of steps from a judge's
+    verdicts, and a process reward model that learns from the outcomes."""
     from apportion.signals import VerdictScore, fixed_ngrams
-    from apportion.train import SpansFrom
+    from apportion.train import OnlinePRM, SpansFrom, StepReward
 
-    offered = {"signals.process": VerdictScore(), "spans.macro": SpansFrom("macro", fixed_ngrams(5))}
-    return tuple(measure for needed, measure in offered.items() if needed in requires)
+    offered = {
+        "signals.process": VerdictScore(),
+        "signals.log_ratio": OnlinePRM(model=arguments.model),
+        "spans.macro": SpansFrom("macro", fixed_ngrams(5)),
+    }
+    measures = [measure for needed, measure in offered.items() if needed in requires]
+    if arguments.step_reward:
+        measures.append(StepReward(own("--step-reward", arguments.step_reward)))
+    return (*measures, *(_made(own("--measures", text)) for text in arguments.measures))
+
+
+def _made(found: Any) -> Any:
+    """The measure itself, or what a function without arguments makes."""
+    return found if hasattr(found, "measure") and not isinstance(found, type) else found()
 
 
 def _splitter(name: str) -> Any:

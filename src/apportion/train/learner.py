@@ -1,4 +1,4 @@
-"""One update: micro-batches of the rows on which the loss is not flat, one optimizer step."""
+"""The updates of a step: inner epochs of mini-batches, each one optimizer step over micro-batches of the rows that teach."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,57 @@ from apportion.types import Credit, Rollouts
 
 
 class NotFinite(ValueError):
-    """A loss, reward or gradient is NaN or infinite. `rows` are the rollouts that caused it."""
+    """A loss, reward or gradient is NaN or infinite. `rows` are the rollouts that caused it, of `rollouts` if given."""
 
-    def __init__(self, what: str, rows: Sequence[int]):
+    def __init__(self, what: str, rows: Sequence[int], rollouts: Rollouts | None = None):
         super().__init__(what)
-        self.rows = list(rows)
+        self.rows, self.rollouts = list(rows), rollouts
+
+
+def learn(
+    policy: Policy,
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    credit: Credit,
+    loss: LossSum,
+    *,
+    epochs: int = 1,
+    parts: int = 1,
+    generator: torch.Generator | None = None,
+    **settings: Any,
+) -> dict[str, float]:
+    """`epochs` passes over the rollouts, each cut into `parts` mini-batches of whole groups, one `update` for each.
+
+    The credit stays that of the whole step. Returns the means of the metrics over the updates.
+
+    Raises:
+        NotFinite: as `update`, with the rows of the whole step.
+    """
+    every: list[dict[str, float]] = []
+    for rows in mini_batches(rollouts, epochs, parts, generator):
+        whole = len(rows) == rollouts.batch and parts == 1
+        part = rollouts if whole else rollouts.select(rows, covers="group")
+        try:
+            every.append(
+                update(policy, parameters, optimizer, part, credit if whole else credit.select(rows), loss, **settings)
+            )
+        except NotFinite as error:
+            raise NotFinite(str(error), [int(rows[i]) for i in error.rows]) from error
+    names = dict.fromkeys(name for metrics in every for name in metrics)
+    return {name: sum(m.get(name, 0.0) for m in every) / len(every) for name in names}
+
+
+def mini_batches(
+    rollouts: Rollouts, epochs: int, parts: int, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """The rows of each mini-batch: the groups of each epoch, shuffled if they are cut, in `parts` of nearly equal number."""
+    for _ in range(epochs):
+        order = torch.arange(rollouts.num_groups)
+        if parts > 1:
+            order = order[torch.randperm(rollouts.num_groups, generator=generator)]
+        for groups in order.tensor_split(parts):
+            yield torch.isin(rollouts.group_ids, groups.to(rollouts.device)).nonzero()[:, 0]
 
 
 def update(

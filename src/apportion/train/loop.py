@@ -1,31 +1,40 @@
-"""The training loop, to be read top to bottom: sample, verify, measure, credit, record, update."""
+"""The training loop, to be read top to bottom: sample, reward, measure, credit, record, learn."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from apportion.losses import add_losses
 from apportion.record import Run, RunWriter, write_jsonl
-from apportion.train.checkpoint import load_checkpoint, save_checkpoint
-from apportion.train.config import Config
-from apportion.train.learner import NotFinite, update
-from apportion.train.measuring import measured, measures_of, required, statistics_of, verified
-from apportion.train.policy import CausalPolicy, Request, check_lengths
+from apportion.train.card import write_card
+from apportion.train.checkpoint import load_checkpoint
+from apportion.train.checks import check, check_prompts, within_memory, without_effect
+from apportion.train.collecting import Collected, collect, flat_groups, sampler_of
+from apportion.train.config import Config, Measure
+from apportion.train.evaluating import evaluate
+from apportion.train.kl import reference_kl, steered
+from apportion.train.learner import NotFinite, learn
+from apportion.train.measuring import measured, measures_of, required
+from apportion.train.policy import CausalPolicy
 from apportion.train.report import Report
-from apportion.train.schedule import check_schedule, draw, generator_for
+from apportion.train.schedule import LEARNING, draw, generator_for
+from apportion.train.state import State
 from apportion.train.warmup import demonstrations, warmup_rate, warmup_step
-from apportion.types import Rollouts
+from apportion.types import Credit, Rollouts
 
 
 def run(config: Config, *, resume: bool = False, command: str = "") -> Path:
     """Train, recording everything in `config.out`, and return that folder.
 
-    The work of a step depends only on the weights, the seed and the number of the step, so a run that was killed and is
-    resumed (`resume=True`, same options; `steps` may grow) gives the numbers of an uninterrupted one.
+    The work of a step depends only on the state that a checkpoint holds, the seed and the number of the step, so a run that
+    was killed and is resumed (`resume=True`, same options; `steps` may grow) gives the numbers of an uninterrupted one.
 
     Raises:
         ValueError: what the options ask for does not fit together; said before the model is loaded where possible.
+        OutOfMemory: with the settings to lower.
         NotFinite: a reward, loss or gradient is NaN or infinite; the rollouts are saved and named.
     """
     check(config)
@@ -33,17 +42,7 @@ def run(config: Config, *, resume: bool = False, command: str = "") -> Path:
     for measure in measures:
         getattr(measure, "check", lambda: None)()  # a judge that cannot be reached is found now
     torch.set_num_threads(config.threads)
-    policy = CausalPolicy.load(
-        config.model,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        seed=config.seed,
-        precision=config.precision,
-        temperature=config.temperature,
-        critic=config.critic,
-        share_prompt=config.share_prompt,
-        sample_rows=config.sample_rows,
-    )
+    policy = load_policy(config)
     for measure in measures:
         getattr(measure, "attach", lambda policy: None)(policy)
     check_prompts(config, policy)
@@ -56,106 +55,106 @@ def run(config: Config, *, resume: bool = False, command: str = "") -> Path:
     return config.folder
 
 
-def _train(config: Config, policy: CausalPolicy, report: Report, measures: Any, saved: dict[str, Any] | None) -> None:
-    state = State(config, policy, saved)
+def _train(
+    config: Config, policy: CausalPolicy, report: Report, measures: Sequence[Measure], saved: dict[str, Any] | None
+) -> None:
+    state = State(config, policy, measures, saved)
+    for option, reason in without_effect(config).items():
+        report.say(f"{option} has no effect in this run: {reason}.")
     while state.warmed < config.warmup:
         _warm_up(config, policy, report, state)
     policy.refresh_sampler()
     if state.step == 0:
-        evaluate(config, policy, report, state)
+        _evaluate(config, policy, report, state)
         if "ref_logprobs" in required(config):
             policy.keep_reference()
-    while state.step < config.steps:
+    while not state.done:
         try:
             _step(config, policy, report, measures, state)
         except NotFinite as error:
             raise _explained(error, config, state) from error
         if config.eval_every and (state.step % config.eval_every == 0 or state.step == config.steps):
-            evaluate(config, policy, report, state)
-        if config.save_every and (state.step % config.save_every == 0 or state.step == config.steps):
+            _evaluate(config, policy, report, state)
+        if config.save_every and (state.step % config.save_every == 0 or state.done):
             state.save()
+    if state.watch.reason is not None and state.step < config.steps:
+        report.log(state.step, "stop", reason=state.watch.reason)
     if config.save_model:
-        policy.save(str(config.folder / "model"))
+        _save(config, policy)
 
 
-def _step(config: Config, policy: CausalPolicy, report: Report, measures: Any, state: "State") -> None:
+def _step(config: Config, policy: CausalPolicy, report: Report, measures: Sequence[Measure], state: State) -> None:
     step, clock = state.step + 1, Clock()
-    problems = draw(config.task.train, config.prompts_per_step, config.seed, step)
-    requests = [Request(p, config.group_size) for p in problems]
-    with report.bar(f"step {step}: sampling", len(requests) * config.group_size) as advance:
-        rollouts = policy.sample(
-            requests,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            generator=generator_for(config.seed, step),
-            statistics=statistics_of(config),
-            on_rows=advance,
-        )
+    with within_memory(config, "sample_rows", "max_new_tokens"):
+        collected = collect(config, sampler_of(config, policy), step, state.drawn, report.bar)
+    state.rollouts = collected.rollouts
     clock.lap("sample")
-    state.rollouts = rollouts
-    asked = [problems[g] for g in rollouts.group_ids.tolist()]
-    rollouts = verified(rollouts, asked, config, may_miss=config.unmeasured == "skip")
-    rollouts = measured(rollouts, policy, config, measures)
-    credit = config.credit(rollouts)
+    with within_memory(config, "micro_tokens"):
+        rollouts = measured(collected.rollouts, policy, config, measures, state.kl_coef)
+        credit = config.estimator(rollouts)
     state.rollouts = rollouts
     report.writer.append(step, rollouts, credit)
     clock.lap("measure")
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["peak"] * min(1.0, step / max(1, config.lr_ramp))
-    metrics = update(
-        policy,
-        list(policy.trainable().values()),
-        state.optimizer,
-        rollouts,
-        credit,
-        config.loss(),
-        micro_tokens=config.micro_tokens,
-        grad_clip=config.grad_clip,
-        skip_flat=config.skip_flat,
-    )
+    with within_memory(config, "micro_tokens"):
+        metrics = _learn(config, policy, rollouts, credit, state)
     policy.refresh_sampler()
     clock.lap("update")
-    state.step, state.tokens = step, state.tokens + int(rollouts.action_mask.sum())
-    notes = {f"credit/{k}": float(v) for k, v in credit.notes.items()}
-    for measure in measures:
-        notes |= {f"judge/{k}": v for k, v in getattr(measure, "report", dict)().items()}
-    report.log(step, "train", tokens=state.tokens, **_summary(rollouts), **clock.laps, **notes, **metrics)
+    state.step, state.drawn, state.tokens = step, state.drawn + collected.drawn, state.tokens + collected.tokens
+    numbers = {**_summary(collected, rollouts, config), **clock.laps, **_notes(credit, measures), **metrics}
+    report.log(step, "train", tokens=state.tokens, **numbers)
+    state.watch.sees(numbers)
 
 
-def evaluate(config: Config, policy: CausalPolicy, report: Report, state: "State") -> None:
-    """One response to each of the first `eval_size` test problems, with the same random numbers every time."""
-    problems = list(config.task.test[: config.eval_size])
-    if not config.eval_every or not problems:
+def _learn(config: Config, policy: CausalPolicy, rollouts: Rollouts, credit: Credit, state: State) -> dict[str, float]:
+    """What learns beside the policy, then the policy, then the weight of the KL penalty."""
+    metrics = {name: x for measure in state.learned for name, x in measure.update(rollouts, credit).items()}
+    metrics["lr"] = state.set_rate()
+    if not (state.critic_alone and config.critic == "model"):
+        with state.parameters() as parameters:
+            metrics |= learn(
+                policy,
+                parameters,
+                state.optimizer,
+                rollouts,
+                credit,
+                config.loss(state.kl_coef) if not state.critic_alone else add_losses(config.value_loss()),
+                epochs=config.inner_epochs,
+                parts=config.mini_batches,
+                generator=generator_for(config.seed, state.step + 1, LEARNING),
+                micro_tokens=config.micro_tokens,
+                grad_clip=config.grad_clip,
+                skip_flat=config.skip_flat,
+            )
+    if rollouts.ref_logprobs is not None:
+        metrics |= {"kl/measured": reference_kl(rollouts), "kl/coef": state.kl_coef}
+    if config.kl_target is not None:
+        target, count = config.kl_target, rollouts.num_trajectories
+        kl = metrics["kl/measured"]
+        state.kl_coef = steered(state.kl_coef, kl, target=target, horizon=config.kl_horizon, count=count)
+    return metrics
+
+
+def _evaluate(config: Config, policy: CausalPolicy, report: Report, state: State) -> None:
+    """The first `eval_size` test problems, with the same random numbers every time."""
+    if not config.evaluates:
         return
-    with report.bar("held-out problems", len(problems)) as advance:
-        rollouts = policy.sample(
-            [Request(p, 1) for p in problems],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.eval_temperature,
-            generator=generator_for(config.seed, 0),
-            on_rows=advance,
-        )
-    outcome = verified(rollouts, problems, config, may_miss=True).signals["outcome"].values
-    correct = torch.where(outcome.isnan(), 0.0, outcome)
-    report.log(
-        state.step,
-        "eval",
-        tokens=state.tokens,
-        accuracy=float(correct.double().mean()),
-        n=len(problems),
-        unmeasured=int(outcome.isnan().sum()),
-        correct=correct.tolist(),
-    )
+    with within_memory(config, "sample_rows", "max_new_tokens"):
+        numbers = evaluate(config, sampler_of(config, policy), report.bar)
+    report.log(state.step, "eval", tokens=state.tokens, **numbers)
+    if state.watch.saw(state.step, numbers) == "best" and config.keep_best:
+        policy.save(str(config.folder / "best"))
 
 
-def _warm_up(config: Config, policy: CausalPolicy, report: Report, state: "State") -> None:
+def _warm_up(config: Config, policy: CausalPolicy, report: Report, state: State) -> None:
     """One supervised step on worked solutions."""
     clock = Clock()
-    problems = draw(config.task.train, config.warmup_batch, config.seed, -1 - state.warmed)
+    start = state.warmed * config.warmup_batch
+    problems = draw(config.task.train, config.warmup_batch, config.seed, start, stream=1)
     rows = demonstrations(policy, problems, config.max_new_tokens)
     for group in state.optimizer.param_groups:
         group["lr"] = warmup_rate(state.warmed, config.warmup, config.warmup_lr)
-    loss = warmup_step(policy, list(policy.trainable().values()), state.optimizer, rows, grad_clip=config.grad_clip)
+    with within_memory(config, "warmup_batch"):
+        loss = warmup_step(policy, list(policy.trainable().values()), state.optimizer, rows, grad_clip=config.grad_clip)
     if loss != loss:
         raise ValueError(f"the loss of warm-up step {state.warmed + 1} is NaN. Lower warmup_lr ({config.warmup_lr}).")
     state.warmed += 1
@@ -167,51 +166,29 @@ def _warm_up(config: Config, policy: CausalPolicy, report: Report, state: "State
         state.save()
 
 
-class State:
-    """What changes from step to step, and what a checkpoint holds of it."""
-
-    def __init__(self, config: Config, policy: CausalPolicy, saved: dict[str, Any] | None):
-        self.config, self.policy = config, policy
-        self.step = self.warmed = self.tokens = 0
-        self.rollouts: Rollouts | None = None
-        self.optimizer = self.new_optimizer()
-        if saved is not None:
-            self._load(saved)
-
-    def new_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW; the value head has its own learning rate."""
-        named = self.policy.trainable()
-        head = [p for name, p in named.items() if name.startswith("value_head.")]
-        body = [p for name, p in named.items() if not name.startswith("value_head.")]
-        groups = [{"params": body, "peak": self.config.lr}, {"params": head, "peak": self.config.critic_lr}]
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=self.config.lr,
-            betas=(0.9, 0.99),
-            weight_decay=self.config.weight_decay,
-            fused=True,
+def load_policy(config: Config) -> CausalPolicy:
+    """The model that the options name, as they want it trained."""
+    with within_memory(config, "model"):
+        return CausalPolicy.load(
+            config.model,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            activation_checkpointing=config.activation_checkpointing,
+            seed=config.seed,
+            precision=config.precision,
+            temperature=config.temperature,
+            critic=config.critic == "head",
+            share_prompt=config.share_prompt,
+            sample_rows=config.sample_rows,
         )
 
-    def save(self) -> None:
-        """Write a checkpoint; killed during it, the one before is still there."""
-        state = {
-            "step": self.step,
-            "warmed": self.warmed,
-            "tokens": self.tokens,
-            "weights": {name: p.detach() for name, p in self.policy.trainable().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "reference": self.policy.reference_state(),
-        }
-        save_checkpoint(self.config.folder / "checkpoints", self.warmed + self.step, state)
 
-    def _load(self, saved: dict[str, Any]) -> None:
-        self.step, self.warmed, self.tokens = saved["step"], saved["warmed"], saved["tokens"]
-        with torch.no_grad():
-            for name, p in self.policy.trainable().items():
-                p.copy_(saved["weights"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if "ref_logprobs" in required(self.config) and self.step:
-            self.policy.load_reference(saved["reference"])
+def _save(config: Config, policy: CausalPolicy) -> None:
+    """RUN/model, and RUN/adapter where an adapter was trained; each with its card."""
+    policy.save(str(config.folder / "model"))
+    write_card(config.folder, config.folder / "model")
+    if policy.adapted:
+        policy.save_adapter(str(config.folder / "adapter"))
 
 
 class Clock:
@@ -227,41 +204,22 @@ class Clock:
         self.laps[f"seconds_{name}"], self._last = now - self._last, now
 
 
-def check(config: Config) -> None:
-    """Refuse options that do not fit together, before anything is loaded."""
-    needs = getattr(config.credit, "needs_group_of", 1)
-    if config.group_size < needs:
-        raise ValueError(
-            f"{config.credit!r} compares responses of a group and needs at least {needs} per prompt, but group_size is "
-            f"{config.group_size}. Raise group_size, or use a method without groups such as nsr."
-        )
-    if config.critic and not any(r == "values" for r in config.credit.requires):
-        raise ValueError(f"critic is on, but {config.credit!r} reads no values. Use gae, or leave critic out.")
-    for name in ("group_size", "prompts_per_step", "max_new_tokens", "threads", "micro_tokens", "sample_rows"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
-    check_schedule(config.task.train, config.prompts_per_step)
-
-
-def check_prompts(config: Config, policy: CausalPolicy) -> None:
-    """Tokenise every prompt that the run will use, so that one that is too long is found now."""
-    used = {
-        p.id: p
-        for s in range(1, config.steps + 1)
-        for p in draw(config.task.train, config.prompts_per_step, config.seed, s)
-    }
-    used |= {p.id: p for p in config.task.test[: config.eval_size if config.eval_every else 0]}
-    check_lengths([policy.prompt_ids(p) for p in used.values()], list(used), config.max_new_tokens, policy.context)
-
-
 def _open(config: Config, resume: bool, command: str) -> RunWriter:
     if not resume:
         return RunWriter.create(
             config.folder,
-            {"credit": repr(config.credit), "seed": config.seed, "command": command, "config": config.printable()},
+            {
+                "credit": repr(config.estimator),
+                "seed": config.seed,
+                "command": command,
+                "config": config.printable(),
+                "without_effect": without_effect(config),
+            },
         )
     writer = RunWriter.resume(config.folder)
-    free = {"steps", "out", "progress", "track", "save_every"}
+    free = {"out", "progress", "track", "save_every", "patience", "keep_best"}
+    free |= {"collapse_reward", "collapse_entropy", "collapse_length"}
+    free |= {"steps"} if config.lr_schedule == "constant" else set()
     recorded = Run(config.folder).info["config"]
     changed = [k for k, v in config.printable().items() if k not in free and recorded.get(k) != v]
     if changed:
@@ -273,26 +231,35 @@ def _open(config: Config, resume: bool, command: str) -> RunWriter:
     return writer
 
 
-def _summary(rollouts: Rollouts) -> dict[str, float]:
-    outcome = rollouts.signals["outcome"].values.double()
-    groups = rollouts.trajectory_groups
-    top = torch.full((rollouts.num_groups,), -torch.inf, dtype=torch.float64, device=outcome.device)
-    top = top.scatter_reduce(0, groups, outcome.nan_to_num(-torch.inf), "amax")
-    low = torch.full_like(top, torch.inf).scatter_reduce(0, groups, outcome.nan_to_num(torch.inf), "amin")
+def _summary(collected: Collected, rollouts: Rollouts, config: Config) -> dict[str, float]:
+    before = collected.rollouts
+    outcome = before.signals["outcome"].values.double()
     assert rollouts.truncated is not None
+    names = {"verifier", *(reward.name for reward in config.rewards)} & before.signals.keys()
     return {
         "reward": float(outcome.nanmean()),
         "length": float(rollouts.action_mask.sum(1).double().mean()),
         "truncated": float(rollouts.truncated.double().mean()),
-        "dead_groups": float((top <= low).double().mean()),
+        "dead_groups": float(flat_groups(before).double().mean()),
+        "refilled": collected.refilled,
+        "entropy": float(rollouts.signals["entropy"].values.nanmean()),
         "unmeasured": int(outcome.isnan().sum()),
+        **{f"reward/{name}": float(before.signals[name].values.nanmean()) for name in sorted(names)},
     }
+
+
+def _notes(credit: Credit, measures: Sequence[Measure]) -> dict[str, float]:
+    """What the credit and the measures say about themselves."""
+    notes = {f"credit/{k}": float(v) for k, v in credit.notes.items()}
+    for measure in measures:
+        notes |= {f"judge/{k}": v for k, v in getattr(measure, "report", dict)().items()}
+    return notes
 
 
 def _explained(error: NotFinite, config: Config, state: State) -> NotFinite:
     """Save the rollouts that caused it and say where they are."""
-    assert state.rollouts is not None
-    rollouts = state.rollouts
+    rollouts = error.rollouts if error.rollouts is not None else state.rollouts
+    assert rollouts is not None
     rows = torch.tensor(error.rows, device=rollouts.device)
     path = config.folder / f"not-finite-step-{state.step + 1:06d}.jsonl"
     write_jsonl(path, rollouts.select(rows))
@@ -301,4 +268,5 @@ def _explained(error: NotFinite, config: Config, state: State) -> NotFinite:
         f"step {state.step + 1} stopped: {error}, caused by {len(error.rows)} of {rollouts.batch} rollouts "
         f"(rows {error.rows[:5]}, problem {ids}). They are saved in {path}; the weights are those of step {state.step}.",
         error.rows,
+        rollouts,
     )

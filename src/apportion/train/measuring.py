@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from apportion.signals import TOKEN_STATISTICS, AttentionRhythm
-from apportion.tasks import Problem
 from apportion.train.config import Config, Measure, Split
-from apportion.train.learner import NotFinite, in_parts
+from apportion.train.critic import Critic
+from apportion.train.kl import penalised
+from apportion.train.learner import in_parts
 from apportion.train.policy import CausalPolicy
 from apportion.types import Rollouts, Signal, Spans
 
 ALWAYS = {"tokens", "logprobs", "signals.outcome", "group_ids", "trajectory_ids", "action_mask", "lengths", "truncated"}
+FROM_POLICY = {"old_logprobs", "ref_logprobs", "signals.kl_coef"}
 STATISTICS = {f"signals.{name}": name for name in TOKEN_STATISTICS}
 
 
@@ -40,26 +42,36 @@ class SpansFrom:
 
 
 def measures_of(config: Config) -> list[Measure]:
-    """The judge (the run's, else the task's), the other measures and the attention, those that are needed, in order.
+    """The judge (the run's, else the task's), the other measures, the critic and the attention: those that are needed.
 
     Raises:
         ValueError: something is required that nothing here supplies, with the cure.
     """
     chosen, needs = _chosen(config)
-    supplied = ALWAYS | STATISTICS.keys() | {p for m in chosen for p in m.provides} | {"ref_logprobs"}
-    supplied |= {"values"} if config.critic else set()
+    supplied = ALWAYS | FROM_POLICY | STATISTICS.keys() | {p for m in chosen for p in m.provides}
+    supplied |= {"values"} if config.critic == "head" else set()
     supplied |= {"spans.step"} if splitter_of(config) is not None else set()
+    supplied |= {f"signals.{reward.name}" for reward in config.rewards}
+    supplied |= set(getattr(config.task, "provides", ()))
     missing = sorted(needs - supplied)
     if missing:
         raise ValueError(
-            f"{config.credit!r} needs {', '.join(missing)}, which nothing in this run supplies. {_cure(missing[0])}"
+            f"{config.estimator!r} needs {', '.join(missing)}, which nothing in this run supplies. {_cure(missing[0])}"
         )
     return chosen
 
 
 def required(config: Config) -> set[str]:
-    """What the credit method, the loss and the measures chosen for them read."""
+    """What the credit method, the loss, the other options and the measures chosen for them read."""
     return _chosen(config)[1]
+
+
+def _needs(config: Config) -> set[str]:
+    """What the credit method, the loss and the other options read; the credit's own output is not an input."""
+    needs = {r for r in (*config.estimator.requires, *config.loss().requires) if not r.startswith("credit.")}
+    needs |= {"old_logprobs"} if config.inner_epochs * config.mini_batches > 1 else set()
+    needs |= {"ref_logprobs"} if config.kl_coef else set()
+    return needs | {"signals.entropy"}  # logged in every run: the first thing to look at when one collapses
 
 
 def statistics_of(config: Config) -> list[str]:
@@ -72,12 +84,12 @@ def statistics_of(config: Config) -> list[str]:
 def _chosen(config: Config) -> tuple[list[Measure], set[str]]:
     """The measures that are needed, in order, and everything that is required with them.
 
-    The last measure that provides something supplies it; one before is needed only for what the later ones require. The
-    credit's own output is not an input.
+    The last measure that provides something supplies it; one before is needed only for what the later ones require.
     """
     judge = config.judge if config.judge is not None else getattr(config.task, "judge", None)
-    offered: list[Measure] = [m for m in (AttentionRhythm(), judge, *config.measures) if m is not None]
-    needs = {r for r in (*config.credit.requires, *config.loss().requires) if not r.startswith("credit.")}
+    critic = Critic.of(config) if config.critic == "model" else None
+    offered: list[Measure] = [m for m in (AttentionRhythm(), judge, critic, *config.measures) if m is not None]
+    needs = _needs(config)
     open_, chosen = set(needs), list[Measure]()
     for measure in reversed(offered):
         if open_ & set(measure.provides):
@@ -92,36 +104,28 @@ def splitter_of(config: Config) -> Any:
     return config.splitter if config.splitter is not None else getattr(config.task, "splitter", None)
 
 
-def verified(rollouts: Rollouts, problems: Sequence[Problem], config: Config, *, may_miss: bool) -> Rollouts:
-    """The outcome of every response, as the signal "outcome".
+def measured(
+    rollouts: Rollouts, policy: CausalPolicy, config: Config, measures: Sequence[Measure], kl_coef: float
+) -> Rollouts:
+    """Log-probabilities of learner and reference, values, statistics, spans, judges: as far as they are required.
 
-    Raises:
-        NotFinite: an outcome is infinite, or NaN unless some `may_miss`.
+    `kl_coef` is the present weight of the KL penalty.
     """
-    assert rollouts.truncated is not None
-    rewards = []
-    for problem, text, cut in zip(problems, rollouts.meta["text"], rollouts.truncated.tolist(), strict=True):
-        fixed = config.truncated_reward if cut else None
-        rewards.append(float(config.task.verify(problem, text)) if fixed is None else fixed)
-    outcome = torch.tensor(rewards, device=rollouts.device)
-    bad = outcome.isinf() if may_miss else ~outcome.isfinite()
-    if bool(bad.any()):
-        rows = bad.nonzero()[:, 0].tolist()
-        raise NotFinite(f"the reward is {rewards[rows[0]]}", rows)
-    return rollouts.with_signals(outcome=Signal(outcome, "trajectory"))
-
-
-def measured(rollouts: Rollouts, policy: CausalPolicy, config: Config, measures: Sequence[Measure]) -> Rollouts:
-    """Reference log-probabilities, values, statistics of the logits, spans, judges: as far as they are required."""
     needs = required(config)
 
     def read(of: Any) -> Tensor:
         return in_parts(rollouts, config.micro_tokens, lambda part: of(part, part.action_mask))
 
+    if "old_logprobs" in needs:
+        rollouts = replace(rollouts, old_logprobs=read(lambda part, where: policy.outputs(part, where).logprobs))
     if "ref_logprobs" in needs:
         rollouts = replace(rollouts, ref_logprobs=read(policy.reference_logprobs))
-    if "values" in needs:
+    if "values" in needs and config.critic == "head":
         rollouts = replace(rollouts, values=read(policy.values))
+    if "signals.kl_coef" in needs:
+        rollouts = rollouts.with_signals(kl_coef=Signal(torch.tensor([kl_coef], device=rollouts.device), "batch"))
+    if config.kl_coef and config.kl_in == "reward":
+        rollouts = penalised(rollouts, kl_coef)
     rollouts = with_statistics(rollouts, policy, statistics_of(config), config.micro_tokens)
     splitter = splitter_of(config)
     if splitter is not None:
@@ -144,8 +148,10 @@ def with_statistics(rollouts: Rollouts, policy: CausalPolicy, names: Sequence[st
     return rollouts.with_signals(**{n: Signal(x, "token") for n, x in zip(absent, found.unbind(2), strict=True)})
 
 
-def _with(rollouts: Rollouts, found: Mapping[str, Signal | Spans]) -> Rollouts:
+def _with(rollouts: Rollouts, found: Mapping[str, Signal | Spans | Tensor]) -> Rollouts:
     """The rollouts with what a measure returned; spans first, because its signals may be over them."""
+    fields: dict[str, Any] = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+    rollouts = replace(rollouts, **fields)
     spans = {name: x for name, x in found.items() if isinstance(x, Spans)}
     signals = {name: x for name, x in found.items() if isinstance(x, Signal)}
     return rollouts.with_spans(**spans).with_signals(**signals)
@@ -153,7 +159,7 @@ def _with(rollouts: Rollouts, found: Mapping[str, Signal | Spans]) -> Rollouts:
 
 def _cure(missing: str) -> str:
     cures = {
-        "values": "Train with critic=True (--critic).",
+        "values": "Train with a critic (--critic head, or --critic model).",
         "spans.step": "Give a splitter, such as lines() (--splitter lines).",
         "signals.judge": "Give a judge (--judge tool, or the address of an OpenAI-compatible server).",
         "signals.log_ratio": "Give measures=(ModelLogRatio(MODEL),).",

@@ -1,11 +1,10 @@
-"""What the loop knows of a model: `sample(requests) -> Rollouts` and `outputs(rollouts, where, needs) -> Outputs`."""
+"""What the loop knows of a model: `sample(requests, sampling) -> Rollouts` and `outputs(rollouts, where) -> Outputs`."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,12 +13,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from apportion.losses import Outputs
-from apportion.signals import pieces_of, token_statistics
-from apportion.tasks import Problem
-from apportion.train.models import resolve_model
+from apportion.signals import token_statistics
+from apportion.tasks import Problem, Reply
+from apportion.train.activations import recompute_activations
+from apportion.train.adapter import base_and_adapter, file_of, fresh_adapter, loaded_adapter
 from apportion.train.packing import pack
-from apportion.train.sampler import Sampled, sample
-from apportion.types import Rollouts, Signal
+from apportion.train.rows import Row, rollouts_of
+from apportion.train.sampler import Sampled, Sampling, sample, uniform_numbers
+from apportion.train.saving import save_adapter, save_model
+from apportion.types import Rollouts
 
 LOGIT_CHUNK = 256
 """Positions whose logits exist at one time: 50 MB of float32 at a vocabulary of 49,152."""
@@ -40,9 +42,8 @@ class Policy(Protocol):
     def sample(
         self,
         requests: Sequence[Request],
+        sampling: Sampling,
         *,
-        max_new_tokens: int,
-        temperature: float,
         generator: torch.Generator,
         statistics: Sequence[str] = (),
         on_rows: Callable[[int], None] | None = None,
@@ -70,13 +71,18 @@ class CausalPolicy:
         critic: bool = False,
         share_prompt: bool = True,
         sample_rows: int = 64,
+        activation_checkpointing: bool = False,
+        saved_dtype: torch.dtype | None = None,
     ):
         self.model, self.tokenizer = model.eval(), tokenizer  # no dropout: the ratio starts at 1
+        self.saved_dtype = saved_dtype or model.dtype
+        if activation_checkpointing:
+            recompute_activations(model)
         self.dtype = _dtype(precision, model.device)
         self.temperature, self.sample_rows = temperature, sample_rows
         self.share_prompt = share_prompt and _takes_block_masks(model)
         self.value_head = _value_head(model) if critic else None
-        self._reference: Any = None
+        self._reference: dict[str, Tensor] | None = None
         self.end_ids = _end_ids(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
@@ -85,19 +91,28 @@ class CausalPolicy:
     def load(
         cls, name: str, *, lora_rank: int = 0, lora_alpha: int = 0, seed: int = 0, **settings: Any
     ) -> "CausalPolicy":
-        """Load a folder, hub name or packaged model (`resolve_model`); `lora_rank` > 0 adds an adapter by peft."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """Load a folder, hub name or packaged model (`resolve_model`); `lora_rank` > 0 adds a LoRA adapter by peft.
+
+        The folder of an adapter (RUN/adapter) is loaded with its base model, and trained on; `lora_rank` and
+        `lora_alpha` are then 0 or those it has.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run has its own
-        folder = resolve_model(name)
+        base, adapter = base_and_adapter(name, rank=lora_rank, alpha=lora_alpha)
         torch.manual_seed(seed)  # fresh adapter and head weights
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(
+            adapter if adapter is not None and file_of(adapter, "tokenizer_config.json") else base
+        )
+        stored = AutoConfig.from_pretrained(base).dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if lora_rank:
-            model = _with_lora(model, lora_rank, lora_alpha or 2 * lora_rank)
-        return cls(model, tokenizer, **settings)
+        if adapter is not None:
+            model = loaded_adapter(model, adapter)
+        elif lora_rank:
+            model = fresh_adapter(model, lora_rank, lora_alpha or 2 * lora_rank)
+        return cls(model, tokenizer, saved_dtype=stored, **settings)
 
     # ---- sampling -----------------------------------------------------------------------------------------------------
 
@@ -111,9 +126,8 @@ class CausalPolicy:
     def sample(
         self,
         requests: Sequence[Request],
+        sampling: Sampling,
         *,
-        max_new_tokens: int,
-        temperature: float,
         generator: torch.Generator,
         statistics: Sequence[str] = (),
         on_rows: Callable[[int], None] | None = None,
@@ -125,45 +139,60 @@ class CausalPolicy:
         give back.
         """
         prompts = [self.prompt_ids(r.problem) for r in requests]
-        check_lengths(prompts, [r.problem.id for r in requests], max_new_tokens, self.context)
-        groups = sample(
+        sizes = [r.count for r in requests]
+        check_lengths(prompts, [r.problem.id for r in requests], sampling.max_new_tokens, self.context)
+        uniform = uniform_numbers(sum(sizes), sampling, generator)
+        rows: list[Row] = []
+        for g, group in enumerate(self.continued(prompts, sizes, sampling, uniform, statistics)):
+            for sampled in group:
+                rows.append(Row(g, requests[g].problem, prompts[g]))
+                rows[-1].wrote(sampled)
+            if on_rows:
+                on_rows(len(group))
+        return rollouts_of(rows, self.tokenizer).to(self.model.device)
+
+    def continued(
+        self,
+        begun: Sequence[Sequence[int]],
+        sizes: Sequence[int],
+        sampling: Sampling,
+        uniform: Float[Tensor, "R L"],
+        statistics: Sequence[str] = (),
+        limits: Sequence[int] | None = None,
+    ) -> Iterator[list[Sampled]]:
+        """What the policy writes after these tokens, `sizes[i]` times after `begun[i]`; see `sampler.sample`."""
+        return sample(
             self.acting_model,
-            prompts,
-            [r.count for r in requests],
-            max_new_tokens=max_new_tokens,
+            begun,
+            sizes,
+            sampling,
+            uniform,
             end_ids=self.end_ids,
             pad_id=self.pad_id,
-            temperature=temperature,
-            generator=generator,
             statistics=statistics,
             batch_rows=self.sample_rows,
-            on_rows=on_rows,
+            decode=partial(self.tokenizer.decode, clean_up_tokenization_spaces=False),
+            limits=limits,
         )
-        rows = [(g, prompts[g], s) for g, samples in enumerate(groups) for s in samples]
-        return self._rollouts(rows, [requests[g].problem for g, _, _ in rows])
 
-    def _rollouts(self, rows: Sequence[tuple[int, list[int], Sampled]], problems: Sequence[Problem]) -> Rollouts:
-        tokens = [prompt + s.tokens for _, prompt, s in rows]
-        rollouts = Rollouts.from_lists(
-            tokens,
-            [g for g, _, _ in rows],
-            action_mask=[[False] * len(p) + [True] * len(s.tokens) for _, p, s in rows],
-            logprobs=[[0.0] * len(p) + s.logprobs for _, p, s in rows],
-            truncated=[s.truncated for _, _, s in rows],
-            meta={
-                "prompt_id": [p.id for p in problems],
-                "question": [p.question for p in problems],
-                "answer": [p.answer for p in problems],
-                "text": [self.tokenizer.decode(s.tokens, skip_special_tokens=True) for _, _, s in rows],
-                "pieces": [pieces_of(self.tokenizer, row) for row in tokens],
-            },
-        )
-        signals = {}
-        for name in rows[0][2].statistics if rows else ():
-            values = torch.full(rollouts.action_mask.shape, torch.nan)
-            values[rollouts.action_mask] = torch.tensor([v for _, _, s in rows for v in s.statistics[name]])
-            signals[name] = Signal(values, "token")
-        return rollouts.with_signals(**signals).to(self.model.device)
+    def reply_ids(self, problem: Problem, turn: Sequence[int], reply: Reply) -> list[int]:
+        """What the policy reads between a turn it wrote and its next: the reply, and what the chat template puts around.
+
+        Raw prompts are followed by raw text. For messages the template is rendered once, with a short conversation in
+        the place of the real one, and what it writes after the assistant's words is taken; so the turn itself is never
+        rendered or tokenised again. An end token that the policy wrote stands for the template's own.
+        """
+        assert reply.text is not None
+        end = turn[-1] if turn[-1] in self.end_ids else self.end_ids[0]
+        mark = str(self.tokenizer.decode([end]))
+        text = reply.text
+        if not isinstance(problem.prompt, str):
+            text = _after_a_turn(self.tokenizer, reply.role, text)
+            text = text.removeprefix(mark) if turn[-1] == end else text
+        ids = list(self.tokenizer(mark + text, add_special_tokens=False)["input_ids"])
+        if ids[:1] == [end] and self.tokenizer.decode(ids) == mark + text:  # in its place, not at the start of a text
+            return ids[1:]
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @cached_property
     def acting_model(self) -> Any:
@@ -196,12 +225,10 @@ class CausalPolicy:
         """
         return self._outputs(self.model, rollouts, where, needs, temperature or self.temperature)
 
-    @torch.no_grad()
     def values(self, rollouts: Rollouts, where: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """The critic's values at the positions of `where`, 0 elsewhere, without gradient."""
-        values = self.outputs(rollouts, where, ("values",)).values
-        assert values is not None
-        return values
+        """The critic's values at the positions of `where`, 0 elsewhere, with gradient; no logits are formed."""
+        place, states, _ = self._before(self.model, rollouts, where)
+        return torch.zeros(where.shape, device=where.device).index_put(place, self._values(states))
 
     @torch.no_grad()
     def statistics(
@@ -224,29 +251,35 @@ class CausalPolicy:
 
     def reference_logprobs(self, rollouts: Rollouts, where: Bool[Tensor, "B T"]) -> Tensor:
         """Log-probabilities under the kept reference, without gradient."""
-        with torch.no_grad(), self._reference_model() as model:
-            return self._outputs(model, rollouts, where, (), self.temperature).logprobs
+        with torch.no_grad(), self._as_reference():
+            return self._outputs(self.model, rollouts, where, (), self.temperature).logprobs
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference. Costs nothing with a fresh LoRA adapter, else a frozen copy."""
-        fresh = hasattr(self.model, "disable_adapter") and all(
-            not p.any() for name, p in self.model.named_parameters() if "lora_B" in name
-        )
-        self._reference = "base" if fresh else deepcopy(self.model).requires_grad_(False)
+        """Remember the present weights as the reference: a copy of those that are trained; with LoRA, of the adapter."""
+        self._reference = {k: p.detach().clone() for k, p in self.model.named_parameters() if p.requires_grad}
 
     def reference_state(self) -> dict[str, Tensor] | None:
-        """What a checkpoint must hold of the reference; None where the base model is the reference."""
-        if self._reference is None or self._reference == "base":
-            return None
-        trained = self.trainable()
-        return {name: p for name, p in self._reference.named_parameters() if name in trained}
+        """What a checkpoint must hold of the reference; None where none was kept."""
+        return self._reference
 
-    def load_reference(self, state: dict[str, Tensor] | None) -> None:
+    def load_reference(self, state: dict[str, Tensor]) -> None:
         """The inverse of `reference_state`."""
-        self._reference = "base"
-        if state is not None:
-            self._reference = deepcopy(self.model).requires_grad_(False)
-            self._reference.load_state_dict(state, strict=False)
+        self._reference = {name: value.to(self.model.device, copy=True) for name, value in state.items()}
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """The model computes with the weights of the reference."""
+        if self._reference is None:
+            raise ValueError("a reference is needed, but none was kept. Call keep_reference() before the first update.")
+        named = dict(self.model.named_parameters())
+        present = {name: named[name].data for name in self._reference}
+        try:
+            for name, value in self._reference.items():
+                named[name].data = value
+            yield
+        finally:
+            for name, value in present.items():
+                named[name].data = value
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters an optimizer may change, by name; the value head's begin with `value_head.`."""
@@ -255,11 +288,37 @@ class CausalPolicy:
             named.update({f"value_head.{name}": p for name, p in self.value_head.named_parameters()})
         return named
 
+    @property
+    def adapted(self) -> bool:
+        """Whether a LoRA adapter is trained, and the rest frozen."""
+        return hasattr(self.model, "merge_and_unload")
+
     def save(self, folder: str) -> None:
-        """Write a plain Hugging Face folder (a LoRA adapter is merged into a copy first)."""
-        model = deepcopy(self.model).merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write a plain Hugging Face folder with the weights in the original model's dtype; an adapter is merged in.
+
+        Training keeps float32 weights. Rounding them to the bfloat16 of most published models loses changes below
+        1/256 of a weight, but it gives the folder the size and speed that users of that model expect, and with
+        precision "bfloat16" just the weights that sampled and were evaluated. Checkpoints and `save_adapter` hold
+        them unrounded.
+        """
+        save_model(
+            self.model,
+            self.tokenizer,
+            folder,
+            dtype=self.saved_dtype,
+            end_ids=self.end_ids,
+            pad_id=self.pad_id,
+        )
+
+    def save_adapter(self, folder: str) -> None:
+        """Write the LoRA adapter alone, as peft reads it; `load` trains it on from exactly where it was.
+
+        Raises:
+            ValueError: all weights are trained.
+        """
+        if not self.adapted:
+            raise ValueError("there is no adapter: all weights are trained. Use save(), or train with lora_rank.")
+        save_adapter(self.model, folder)
 
     def _outputs(
         self, model: Any, rollouts: Rollouts, where: Tensor, needs: Sequence[str], temperature: float
@@ -270,18 +329,25 @@ class CausalPolicy:
         def spread(values: Tensor) -> Tensor:
             return torch.zeros(where.shape, device=where.device).index_put(place, values)
 
-        values = None
-        if "values" in needs:
-            if self.value_head is None:
-                raise ValueError("values need a critic, which this policy lacks. Train with critic=True.")
-            values = spread(self.value_head(states.float())[:, 0])
+        values = spread(self._values(states)) if "values" in needs else None
         return Outputs(spread(scores[:, 0]), values, spread(scores[:, 1]) if names else None)
+
+    def _values(self, states: Tensor) -> Float[Tensor, " M"]:
+        if self.value_head is None:
+            raise ValueError('values need a critic, which this policy lacks. Train with critic="head".')
+        return self.value_head(states.float())[:, 0]  # type: ignore[no-any-return]
 
     def _scored(
         self, model: Any, rollouts: Rollouts, where: Tensor, temperature: float, names: Sequence[str]
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """Rows and positions of `where`, the states before them, [M, H], and what `_scores` says of them."""
         assert rollouts.tokens is not None
+        place, states, head = self._before(model, rollouts, where)
+        with self._autocast():
+            return place, states, _scores(head, states, rollouts.tokens[place], temperature, names)
+
+    def _before(self, model: Any, rollouts: Rollouts, where: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Any]:
+        """Rows and positions of `where`, the last hidden states before them, [M, H], and the model's output layer."""
         row, position = where.nonzero(as_tuple=True)
         if bool((position == 0).any()):
             raise ValueError(
@@ -289,14 +355,13 @@ class CausalPolicy:
             )
         with self._autocast():
             states, head = self._states(model, rollouts, row, position - 1)
-            scores = _scores(head, states, rollouts.tokens[row, position], temperature, names)
-        return (row, position), states, scores
+        return (row, position), states, head
 
     def _states(self, model: Any, rollouts: Rollouts, row: Tensor, position: Tensor) -> tuple[Tensor, Any]:
         """The last hidden states at these positions, [M, H], and the model's output layer."""
         packed = pack(rollouts, pad_id=self.pad_id, share=self.share_prompt)
         mask = packed.block_mask() if self.share_prompt else packed.padding_mask()
-        body, head = _body_and_head(model)
+        body, head = body_and_head(model)
         out = body(input_ids=packed.tokens, attention_mask=mask, position_ids=packed.positions, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)[packed.home[row, position]], head
 
@@ -304,16 +369,6 @@ class CausalPolicy:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.model.device.type, self.dtype)
-
-    @contextmanager
-    def _reference_model(self) -> Iterator[Any]:
-        if self._reference is None:
-            raise ValueError("a reference is needed, but none was kept. Call keep_reference() before the first update.")
-        if self._reference == "base":
-            with self.model.disable_adapter():
-                yield self.model
-        else:
-            yield self._reference
 
 
 def _scores(
@@ -349,6 +404,19 @@ def check_lengths(prompts: Sequence[Sequence[int]], names: Sequence[str], max_ne
             )
 
 
+def _after_a_turn(tokenizer: Any, role: str, text: str) -> str:
+    """What the chat template writes after an assistant's words when this message follows and an answer is expected."""
+    words = "the-words-of-the-assistant"
+    messages = [("user", "?"), ("assistant", words), (role, text)]
+    whole = tokenizer.apply_chat_template(
+        [{"role": r, "content": c} for r, c in messages], tokenize=False, add_generation_prompt=True
+    )
+    _, found, after = str(whole).partition(words)
+    if not found:
+        raise ValueError("the chat template leaves out what the assistant said. Use another one, or prompts of raw text.")
+    return after
+
+
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
@@ -369,7 +437,7 @@ def _takes_block_masks(model: Any) -> bool:
     return config._attn_implementation in ("sdpa", "eager") and layers == {"full_attention"} and not windowed
 
 
-def _body_and_head(model: Any) -> tuple[Any, Any]:
+def body_and_head(model: Any) -> tuple[Any, Any]:
     """The transformer without its output layer, and the output layer."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     return plain.base_model, plain.get_output_embeddings()
@@ -388,14 +456,3 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = declared if isinstance(declared, list) else [declared]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-def _with_lora(model: Any, rank: int, alpha: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    with warnings.catch_warnings():  # peft 0.21 reads an attribute that transformers 5.23 has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, settings)

@@ -1,5 +1,6 @@
 """Measures that ask a second model, or the states of a model, about every token."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,8 +56,7 @@ class ModelLogRatio:
     provides = ("signals.log_ratio",)
 
     def __post_init__(self) -> None:
-        if self.against not in ("logprobs", "ref_logprobs"):
-            raise ValueError(f"against must be 'logprobs' or 'ref_logprobs'; got {self.against!r}.")
+        check_against(self.against)
 
     def __repr__(self) -> str:
         return f"ModelLogRatio({_shown(self.model)}, against={self.against!r})"
@@ -68,12 +68,8 @@ class ModelLogRatio:
 
     def attach(self, policy: CausalPolicy) -> None:
         """Load the scoring model and give it the policy's temperature and precision."""
-        self.scorer = _scorer(self.model, policy, policy.temperature)
-        known, needed = self.scorer.model.config.get_text_config().vocab_size, len(policy.tokenizer)
-        if known < needed:
-            raise ValueError(
-                f"{self!r} knows {known} tokens, but the policy has {needed}. Give a model with the policy's tokenizer."
-            )
+        self.scorer = second_model(self.model, policy, temperature=policy.temperature)
+        check_tokens(repr(self), self.scorer, policy)
         if self.scorer.temperature != policy.temperature:
             raise ValueError(
                 f"{self!r} scores at temperature {self.scorer.temperature:g}, but the policy samples at "
@@ -82,9 +78,7 @@ class ModelLogRatio:
 
     def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
         """`{"log_ratio": [B, T]}`, NaN where there is no action."""
-        logprobs = _logprobs(_attached(self), rollouts, self.micro_tokens)
-        ratio = logprobs - getattr(rollouts, self.against)
-        return {"log_ratio": Signal(torch.where(rollouts.action_mask, ratio, torch.nan), "token")}
+        return {"log_ratio": log_ratio(_attached(self), rollouts, self.against, self.micro_tokens)}
 
 
 @dataclass(eq=False)
@@ -133,7 +127,7 @@ class PromptContrast:
 
     def attach(self, policy: CausalPolicy) -> None:
         """Load the reference, which scores at temperature 1."""
-        self.scorer = _scorer(self.model, policy)
+        self.scorer = second_model(self.model, policy)
 
     def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
         """`{"contrast": [B, T]}`, NaN where there is no action."""
@@ -205,7 +199,7 @@ class GoalCosine:
 
     def attach(self, policy: CausalPolicy) -> None:
         """Load the model, or take the policy itself."""
-        self.scorer = policy if self.model is None else _scorer(self.model, policy)
+        self.scorer = policy if self.model is None else second_model(self.model, policy)
 
     def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
         """`{"goal_cosine": [B, T]}`, NaN on padding."""
@@ -230,14 +224,43 @@ def goal_state(policy: CausalPolicy, rollouts: Rollouts, *, micro_tokens: int = 
 # ---- the second model -------------------------------------------------------------------------------------------------
 
 
-def _scorer(model: Any, policy: CausalPolicy, temperature: float = 1.0) -> CausalPolicy:
-    """The model as a policy of the same precision."""
+def second_model(model: Any, policy: CausalPolicy, **settings: Any) -> CausalPolicy:
+    """The model as a policy of the same precision; None gives a copy of the policy, which shares what is frozen in it."""
     if isinstance(model, CausalPolicy):
         return model
-    settings: dict[str, Any] = {"precision": str(policy.dtype).removeprefix("torch."), "temperature": temperature}
+    settings = {"precision": str(policy.dtype).removeprefix("torch."), **settings}
     if isinstance(model, str):
         return CausalPolicy.load(model, **settings)
+    if model is None:
+        frozen = {id(p): p for p in policy.model.parameters() if not p.requires_grad}
+        model = deepcopy(policy.model, frozen)
     return CausalPolicy(model, policy.tokenizer, **settings)
+
+
+def check_tokens(who: str, second: CausalPolicy, policy: CausalPolicy) -> None:
+    """Refuse a second model that reads the policy's tokens as others, or does not know them all."""
+    known, needed = second.model.config.get_text_config().vocab_size, len(policy.tokenizer)
+    cure = "Give a model with the policy's tokenizer."
+    if known < needed:
+        raise ValueError(f"{who} knows {known} tokens, but the policy has {needed}. {cure}")
+    if second.tokenizer is policy.tokenizer:
+        return
+    own = second.tokenizer.get_vocab()
+    for token, number in policy.tokenizer.get_vocab().items():
+        if own.get(token) != number:
+            raise ValueError(f"token {number} is {token!r} for the policy, but not for {who}. {cure}")
+
+
+def check_against(against: str) -> None:
+    """Refuse log-probabilities that no rollouts have."""
+    if against not in ("logprobs", "ref_logprobs"):
+        raise ValueError(f"against must be 'logprobs' or 'ref_logprobs'; got {against!r}.")
+
+
+def log_ratio(scorer: CausalPolicy, rollouts: Rollouts, against: str, micro_tokens: int) -> Signal:
+    """ln p of the scorer minus the field `against`, without gradient, NaN where there is no action."""
+    ratio = _logprobs(scorer, rollouts, micro_tokens) - getattr(rollouts, against)
+    return Signal(torch.where(rollouts.action_mask, ratio, torch.nan), "token")
 
 
 def _as_problem(scorer: CausalPolicy, text: str) -> Problem:

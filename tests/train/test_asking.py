@@ -1,0 +1,82 @@
+"""Calls in a thread, a loop and a process: how many at once, what a limit counts, what stays behind."""
+
+import asyncio
+import threading
+import time
+
+from apportion.tasks import Problem
+from apportion.train.asking import AT_ONCE, Failure, NamedFunction, ask, ask_here
+
+
+def test_async_calls_beyond_the_limit_wait_for_their_turn_and_their_time_counts_from_it():
+    running, most = [0], [0]
+
+    async def call(x):
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        await asyncio.sleep(0.1)
+        running[0] -= 1
+        return x
+
+    count = 3 * AT_ONCE  # three turns of 0.1 s, each within 0.25 s, together not
+    assert list(ask(call, [(x,) for x in range(count)], 0.25)) == list(range(count))
+    assert most[0] == AT_ONCE
+
+
+def test_plain_calls_are_made_as_they_are_fetched_in_one_thread():
+    seen = []
+
+    def call(x):
+        seen.append((x, threading.get_ident()))
+        return x
+
+    answers = ask(call, [(1,), (2,), (3,)], 1.0)
+    assert [next(answers), next(answers)] == [1, 2]
+    assert [x for x, _ in seen] == [1, 2]
+    assert len({thread for _, thread in seen}) == 1
+    assert seen[0][1] != threading.get_ident()
+
+
+def test_no_thread_stays_once_its_call_is_over():
+    def threads():
+        return [t for t in threading.enumerate() if t.name == "apportion-reward"]
+
+    before = len(threads())
+    answers = list(ask(lambda seconds: time.sleep(seconds), [(0.3,), (0.0,)], 0.1))
+    assert answers == [Failure("took longer than 0.1 s"), None]
+    assert len(threads()) > before  # the late one, until it ends
+    time.sleep(0.5)
+    assert len(threads()) == before
+
+
+def leave():
+    raise SystemExit(3)
+
+
+async def leave_async():
+    leave()
+
+
+def test_a_function_that_exits_does_not_take_us_along():
+    for function in (leave, leave_async):
+        (failure,) = ask(function, [()], 1.0)
+        assert failure.reason.startswith("raised SystemExit: 3 (")
+    assert next(ask(leave_async, [()], 1.0)).reason.startswith("raised SystemExit")  # the loop lives
+
+
+def test_what_cannot_be_sent_to_a_process_is_a_failure():
+    call = NamedFunction("operator:is_")
+    problem = Problem("a", "q", "q", "a", data={"lock": threading.Lock()})
+    (failure,) = ask(call, [(problem, "text")], 1.0)
+    assert failure.reason.startswith("raised TypeError: cannot pickle '_thread.lock' object")
+    assert list(ask(call, [(1, 1)], 1.0)) == [True]
+    call.worker.close()
+
+
+def test_a_process_that_dies_is_a_failure_and_the_next_call_has_another():
+    call = NamedFunction("os:_exit")
+    assert [x.reason for x in ask(call, [(1,), (1,)], 5.0)] == ["ended its process"] * 2
+
+
+def test_here_is_this_thread():
+    assert list(ask_here(threading.get_ident, [()])) == [threading.get_ident()]

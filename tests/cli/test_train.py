@@ -79,7 +79,10 @@ def test_an_own_task_and_an_own_method(train, tmp_path, monkeypatch):
         (["--model", "smollm2-135m"], "Did you mean 'smollm2-135m-instruct'?"),
         (["--model", "no/such/folder"], "is neither a folder, nor a hub name"),
         (["--group-size", "1"], "compares responses of a group and needs at least 2 per prompt, but group_size is 1"),
-        (["--credit", "gae"], "needs values, which nothing in this run supplies. Train with a critic (--critic head, or --critic model)."),
+        (
+            ["--credit", "gae"],
+            "needs values, which nothing in this run supplies. Train with a critic (--critic head, or --critic model).",
+        ),
         (["--splitter", "line"], "--splitter 'line' is unknown. Did you mean 'lines'?"),
         (["--judge", "tol"], "--judge 'tol' is unknown. Did you mean 'tool'?"),
         (["--judge", "http://127.0.0.1:9/v1"], "needs --judge-model"),

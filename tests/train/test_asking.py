@@ -14,12 +14,12 @@ def test_async_calls_beyond_the_limit_wait_for_their_turn_and_their_time_counts_
     async def call(x):
         running[0] += 1
         most[0] = max(most[0], running[0])
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)
         running[0] -= 1
         return x
 
-    count = 3 * AT_ONCE  # three turns of 0.1 s, each within 0.25 s, together not
-    assert list(ask(call, [(x,) for x in range(count)], 0.25)) == list(range(count))
+    count = 3 * AT_ONCE  # three turns of 0.3 s, each within 0.8 s, together not
+    assert list(ask(call, [(x,) for x in range(count)], 0.8)) == list(range(count))
     assert most[0] == AT_ONCE
 
 
@@ -39,14 +39,17 @@ def test_plain_calls_are_made_as_they_are_fetched_in_one_thread():
 
 def test_no_thread_stays_once_its_call_is_over():
     def threads():
-        return [t for t in threading.enumerate() if t.name == "apportion-reward"]
+        return {t for t in threading.enumerate() if t.name == "apportion-reward"} - before
 
-    before = len(threads())
-    answers = list(ask(lambda seconds: time.sleep(seconds), [(0.3,), (0.0,)], 0.1))
-    assert answers == [Failure("took longer than 0.1 s"), None]
-    assert len(threads()) > before  # the late one, until it ends
-    time.sleep(0.5)
-    assert len(threads()) == before
+    before = set()
+    before = threads()
+    answers = list(ask(time.sleep, [(1.0,), (0.0,)], 0.3))
+    assert answers == [Failure("took longer than 0.3 s"), None]
+    late = threads()
+    assert late  # the late one, until it ends
+    for thread in late:
+        thread.join(timeout=10)
+    assert not threads()
 
 
 def leave():

@@ -111,16 +111,49 @@ run(Config(model=model, task=Any(), credit=grpo(), out=out, steps=4, prompts_per
 """
 
 
-def child(model: str, out: Path, mode: str) -> subprocess.Popen:
+EVERYTHING = """
+import sys
+from apportion.credit import add, chain, gae, oprl, whiten
+from apportion.tasks import Environment, Reply, arithmetic
+from apportion.train import Config, OnlinePRM, Reward, run
+model, out, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
+task = arithmetic(terms=2, train=64, test=16)
+class Echo(Environment):
+    turns = 0
+    def reply(self, text):
+        self.turns, self.state = self.turns + 1, len(text) % 2
+        return Reply("?\\n" if self.turns < 2 else None, reward=float(len(text) % 3))
+class Talk:
+    name, splitter, judge, train, test = "talk", None, None, task.train, task.test
+    def __repr__(self): return "talk"
+    def environment(self, problem): return Echo()
+    def verify(self, problem, text): return float(any(c.isdigit() for c in text))
+def short(problem, text): return -0.01 * len(text)
+run(Config(
+    model=model, task=Talk(), out=out, steps=4, prompts_per_step=4, group_size=4, refill=1,
+    credit=add((1.0, chain(gae(kl_coef="kl_coef"), whiten())), (0.5, oprl())), measures=(OnlinePRM(lr=1e-3),),
+    rewards=(Reward(short, weight=0.5),), task_weight=2.0, truncated_reward=None, mask_truncated=True,
+    max_new_tokens=10, min_new_tokens=2, temperature=0.9, top_p=0.95, top_k=60, stop=("z",), max_turns=2,
+    lr=1e-3, lr_ramp=2, lr_schedule="cosine", weight_decay=0.01, inner_epochs=2, mini_batches=2, ratio="turn", dual_clip=3.0,
+    correction="token_truncate", entropy_coef=0.01, kl_coef=0.05, kl_in="credit", kl_target=0.01, kl_horizon=50,
+    critic="model", critic_lr=1e-3, critic_warmup=1, lora_rank=2, activation_checkpointing=True,
+    eval_every=2, eval_size=8, eval_samples=2, eval_greedy=True, keep_best=True, patience=9, collapse_reward=0.01,
+    collapse_entropy=0.01, collapse_length=0.01, save_every=1, save_model=True, precision="float32", progress=False,
+), resume=resume)
+"""
+
+
+def child(model: str, out: Path, mode: str, script: str = CHILD) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", CHILD, model, str(out), mode], env=environment)
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, model, str(out), mode], env=environment)
 
 
-def test_killed_at_random_points_a_run_resumes_to_the_numbers_of_an_uninterrupted_one(tiny_model, tmp_path):
+@pytest.mark.parametrize("script", [CHILD, EVERYTHING], ids=["plain", "everything-on"])
+def test_killed_at_random_points_a_run_resumes_to_the_numbers_of_an_uninterrupted_one(tiny_model, tmp_path, script):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert child(tiny_model, whole, "fresh").wait() == 0
+    assert child(tiny_model, whole, "fresh", script).wait() == 0
     rng, kills = random.Random(0), 0
-    process = child(tiny_model, killed, "fresh")
+    process = child(tiny_model, killed, "fresh", script)
     for number in range(6):
         wait_for_a_moment(killed, rng, during_checkpoint=number % 2 == 1, process=process)
         if process.poll() is not None:
@@ -128,7 +161,7 @@ def test_killed_at_random_points_a_run_resumes_to_the_numbers_of_an_uninterrupte
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-        process = child(tiny_model, killed, "resume" if (killed / "run.json").exists() else "fresh")
+        process = child(tiny_model, killed, "resume" if (killed / "run.json").exists() else "fresh", script)
     assert process.wait() == 0
     assert kills >= 3
     assert numbers(killed) == numbers(whole)
@@ -156,7 +189,8 @@ def test_a_nan_reward_stops_the_run_names_the_rollout_and_saves_it(config, digit
     monkeypatch.setattr(digits, "verify", lambda problem, text: float("nan"), raising=False)
     settings = config(task=digits, eval_every=0)
     with pytest.raises(
-        NotFinite, match=r"step 1 stopped: the reward verifier is nan, not measured, on row 0, .* caused by 16 of 16 rollouts \(rows \[0, 1"
+        NotFinite,
+        match=r"step 1 stopped: the reward verifier is nan, not measured, on row 0 \(and 15 more\), .* caused by 16 of 16 rollouts \(rows \[0, 1",
     ) as e:
         run(settings)
     saved = read_jsonl(settings.folder / "not-finite-step-000001.jsonl")

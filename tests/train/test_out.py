@@ -284,7 +284,22 @@ def in_bfloat16(model: str, folder: Path) -> Path:
     return folder
 
 
-def test_the_folder_has_the_dtype_of_the_original_and_just_the_weights_that_sampled(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("stored", "options", "saved"),
+    [
+        ("bfloat16", {"precision": "bfloat16"}, "bfloat16"),
+        ("bfloat16", {"precision": "float32"}, "float32"),
+        ("float32", {"precision": "bfloat16"}, "float32"),
+        ("bfloat16", {"precision": "bfloat16", "lora_rank": 2}, "float32"),
+    ],
+)
+def test_weights_are_rounded_only_where_they_acted_so(tiny_model, tmp_path, stored, options, saved):
+    base = tiny_model if stored == "float32" else str(in_bfloat16(tiny_model, tmp_path / "base"))
+    moved(loaded(base, **options)).save(str(tmp_path / "model"))
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == saved
+
+
+def test_the_folder_of_a_bfloat16_model_has_just_the_weights_that_sampled(tiny_model, tmp_path):
     from safetensors.torch import load_file
 
     policy = moved(loaded(str(in_bfloat16(tiny_model, tmp_path / "base")), precision="bfloat16"))
@@ -294,7 +309,6 @@ def test_the_folder_has_the_dtype_of_the_original_and_just_the_weights_that_samp
     assert {x.dtype for x in written.values()} == {torch.bfloat16}
     assert all(torch.equal(x, acted[name]) for name, x in written.items())
     assert policy.model.dtype == torch.float32  # the trained weights stay as they are
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_the_folder_names_every_end_token_and_the_template(tiny_model, tmp_path):

@@ -200,7 +200,7 @@ def test_async_rewards_run_together_and_beside_plain_ones(make):
     settings = make(Reward(slow, name="a"), Reward(slow, name="b"), Reward(plain))
     start = time.perf_counter()
     rewarded(rollouts(), problems(), settings, may_miss=False)
-    assert time.perf_counter() - start < 0.6  # one after another: 8 * 0.2 + 4 * 0.05 = 1.8 s
+    assert time.perf_counter() - start < 1.2  # one after another: 8 * 0.2 + 4 * 0.05 = 1.8 s
 
 
 def test_async_rewards_share_a_loop_in_all_steps(make):
@@ -346,11 +346,11 @@ STOP = [math.inf]
 
 @pytest.mark.parametrize("function", [hangs, async_hangs, refuses_to_end])
 def test_a_reward_that_hangs_names_itself_and_the_rollout(make, function):
-    settings = make(Reward(function, name="slow"), reward_seconds=0.2)
+    settings = make(Reward(function, name="slow"), reward_seconds=0.5)
     start = time.perf_counter()
-    with pytest.raises(RewardFailed, match=r"the reward slow took longer than 0.2 s, on row 1, problem p1, text '12'"):
+    with pytest.raises(RewardFailed, match=r"the reward slow took longer than 0.5 s, on row 1, problem p1, text '12'"):
         rewarded(rollouts(), problems(), settings, may_miss=False)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 3
     found = rewarded(rollouts(), problems(), settings, may_miss=True)
     assert values(found, "slow")[2:] == [1, 1]  # the ones after it are still asked
     assert math.isnan(values(found, "outcome")[1])
@@ -367,13 +367,13 @@ def test_a_process_that_hangs_is_killed_even_in_a_regular_expression(make, modul
 
 def test_an_async_reward_that_blocks_the_loop_is_found(make):
     async def blocks(problem, text):
-        time.sleep(1.0)
+        time.sleep(2.0)
         return 1.0
 
     start = time.perf_counter()
     with pytest.raises(RewardFailed, match=r"the reward blocks got no answer, because it .* kept the event loop busy"):
-        rewarded(rollouts(), problems(), make(Reward(blocks), reward_seconds=0.2), may_miss=False)
-    assert time.perf_counter() - start < 0.9
+        rewarded(rollouts(), problems(), make(Reward(blocks), reward_seconds=0.3), may_miss=False)
+    assert time.perf_counter() - start < 1.9
     found = rewarded(rollouts(), problems(), make(Reward(slow)), may_miss=False)  # in a new loop
     assert values(found, "slow") == [6, 2, 0, 18]
 

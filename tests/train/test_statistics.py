@@ -105,13 +105,13 @@ def test_parts_come_back_in_the_order_of_the_rows(policy, task):
 
 
 def test_only_requires_asks(config):
-    assert statistics_of(config(credit=grpo())) == []
+    assert statistics_of(config(credit=grpo())) == ["entropy"]
     assert measures_of(config(credit=grpo())) == []
-    assert statistics_of(config(credit=ucas())) == ["self_certainty", "sampled_logit"]
-    assert statistics_of(config(credit=times_outcome(signal="sum_pi_squared"))) == ["sum_pi_squared"]
+    assert statistics_of(config(credit=ucas())) == ["entropy", "self_certainty", "sampled_logit"]
+    assert statistics_of(config(credit=times_outcome(signal="sum_pi_squared"))) == ["entropy", "sum_pi_squared"]
     (measure,) = measures_of(config(credit=attention_rhythm()))
     assert isinstance(measure, AttentionRhythm)
-    assert statistics_of(config(credit=attention_rhythm())) == []
+    assert statistics_of(config(credit=attention_rhythm())) == ["entropy"]
 
 
 class Entropies:
@@ -150,7 +150,7 @@ def test_a_measure_may_cut_spans(config, policy, task):
         return assemble(rollouts, rollouts.action_mask, {})
 
     settings = config(credit=by_macro(), measures=(SpansFrom("macro", fixed_ngrams(3)),))
-    rollouts = measured(sampled(policy, task), policy, settings, measures_of(settings))
+    rollouts = measured(sampled(policy, task), policy, settings, measures_of(settings), 0.0)
     assert {int(n) for n in rollouts.spans["macro"].stop - rollouts.spans["macro"].start} <= {1, 2, 3}
     with pytest.raises(ValueError, match=r"needs spans\.macro, which nothing in this run supplies"):
         measures_of(config(credit=by_macro()))
@@ -188,7 +188,7 @@ def test_the_loop_measures_the_acting_policys_attention(config, digits, policy, 
     settings = config(credit=attention_rhythm())
     (measure,) = measures_of(settings)
     measure.attach(policy)
-    found = measured(rollouts, policy, settings, [measure])
+    found = measured(rollouts, policy, settings, [measure], 0.0)
     want = AttentionRhythm(policy.model).measure(rollouts)
     for name in ("waad", "fai"):
         torch.testing.assert_close(found.signals[name].values, want[name].values, equal_nan=True)
@@ -215,7 +215,7 @@ def test_the_command_line_needs_no_further_flag(tiny_model, tmp_path, method):
     assert Run(tmp_path / "run").steps() == [1, 2]
 
 
-def test_the_default_path_measures_nothing(config, digits, monkeypatch):
+def test_the_default_path_measures_the_entropy_while_it_samples_and_nothing_else(config, digits, monkeypatch):
     monkeypatch.setattr(CausalPolicy, "statistics", None)
     folder = run(config(task=digits, credit=grpo(), eval_every=0, save_every=0))
-    assert set(Run(folder).rollouts(1).signals) == {"outcome"}
+    assert set(Run(folder).rollouts(1).signals) == {"outcome", "entropy"}

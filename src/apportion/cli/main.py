@@ -15,7 +15,7 @@ COMMANDS = {
     "show": "Show one rollout as a heat map of credit, with the sum behind each number.",
     "chat": "Talk to the model of a run.",
     "methods": "List the credit methods and what they need.",
-    "tasks": "List the tasks.",
+    "tasks": "List the tasks, or look at one.",
     "arena": "Measure how right every credit method is, in worlds whose exact advantages are known.",
     "doctor": "Say what this installation can do, and how to get the rest.",
 }

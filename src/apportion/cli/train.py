@@ -104,12 +104,13 @@ def _measures(arguments: Arguments, requires: Sequence[str]) -> tuple[Any, ...]:
 
     offered = {
         "signals.process": VerdictScore(),
-        "signals.log_ratio": OnlinePRM(model=arguments.model),
+        "signals.log_ratio": OnlinePRM(),
         "spans.macro": SpansFrom("macro", fixed_ngrams(5)),
     }
     measures = [measure for needed, measure in offered.items() if needed in requires]
     if arguments.step_reward:
-        measures.append(StepReward(own("--step-reward", arguments.step_reward)))
+        own("--step-reward", arguments.step_reward)
+        measures.append(StepReward(arguments.step_reward))  # as text: it runs in a process that can be killed
     return (*measures, *(_made(own("--measures", text)) for text in arguments.measures))
 
 

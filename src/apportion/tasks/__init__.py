@@ -1,5 +1,6 @@
 """Problems to train on, each with a verifier of its answers."""
 
+from apportion.tasks._answers import unverified
 from apportion.tasks._arithmetic import arithmetic
 from apportion.tasks._calculator import calculator
 from apportion.tasks._core import BasicTask, Problem, Task, check_disjoint
@@ -31,5 +32,6 @@ __all__ = [
     "reasoning_gym_task",
     "resolve_task",
     "svamp",
+    "unverified",
     "word_problems",
 ]

@@ -29,7 +29,7 @@ def verifier_of(verify: str | Verifier | None, seconds: float) -> Verifier:
         ValueError: an unknown name (answered with the nearest known one).
     """
     if verify is None:
-        return _unmeasured
+        return unverified
     if callable(verify):
         return verify
     if is_own(verify):
@@ -138,7 +138,8 @@ def _choice(value: Any) -> str | None:
     return found[1].upper() if found else None
 
 
-def _unmeasured(problem: Problem, text: str) -> float:
+def unverified(problem: Problem, text: str) -> float:
+    """Nothing is known of the answer: NaN, not measured."""
     return float("nan")
 
 

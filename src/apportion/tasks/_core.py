@@ -1,7 +1,7 @@
 """A problem, a task, and the promise that no question of the test is in the training."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -67,6 +67,8 @@ class BasicTask:
         verifier: `(problem, text) -> reward`; responses of nothing but white space get 0 without asking it.
         splitter: finds the written steps of a response. judge: judges them. None = no default.
         environment: `problem -> Environment`, which answers the turns of a rollout; None = a response is one turn.
+        answer_of: the answer that a response gives, by which responses vote (majority@k), None = it gives none. Left out,
+            it is the number where the gold answer is one, else what the response marks as its answer, else all of it.
         notes: what a person should know before training: rows that were left out, near-duplicates.
 
     Raises:
@@ -80,6 +82,7 @@ class BasicTask:
     splitter: Any = None
     judge: Any = None
     environment: Callable[[Problem], Environment] | None = field(default=None, repr=False)
+    answer_of: Callable[[str], Hashable | None] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.signals import lines, tool_judge
-from apportion.tasks._answers import VERIFIERS, Verifier, verifier_of
+from apportion.tasks._answers import VERIFIERS, Verifier, chosen, verifier_of
 from apportion.tasks._core import BasicTask, Message, Problem
 from apportion.tasks._divide import NearDuplicates, divide
 from apportion.tasks._form import Form
@@ -118,7 +118,8 @@ def from_data(
     notes = [f"{count} rows were left out {why}" for why, count in left_out.items()]
     notes += _checked([*learn, *held], verify, verifier)
     judge = tool_judge() if verify in _JUDGED else None
-    return BasicTask(name, learn, held, verifier, lines(), judge, notes=(*notes, *told))
+    answer_of = chosen if verify == "choice" else None
+    return BasicTask(name, learn, held, verifier, lines(), judge, answer_of=answer_of, notes=(*notes, *told))
 
 
 # ---- which rows -------------------------------------------------------------------------------------------------------

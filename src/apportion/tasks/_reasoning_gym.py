@@ -62,7 +62,7 @@ def reasoning_gym_task(
     for problem in [*learn, *held][:1]:
         if verify(problem, problem.answer) != 1:
             raise ValueError(f"the scorer of {name} does not accept its own gold answer {problem.answer[:80]!r}.")
-    return BasicTask(name, learn, held, verify, lines())
+    return BasicTask(name, learn, held, verify, lines(), answer_of=lambda text: extracted(text, extract) or None)
 
 
 def extracted(text: str, how: str) -> str:

@@ -14,11 +14,13 @@ from apportion.train.rewards import Reward, RewardFailed
 from apportion.train.sampler import Sampling
 from apportion.train.scoring import GoalCosine, ModelLogRatio, PromptContrast, goal_state
 from apportion.train.step_reward import StepReward
+from apportion.train.turns import EnvironmentFailed, converse
 
 __all__ = [
     "CausalPolicy",
     "Config",
     "Critic",
+    "EnvironmentFailed",
     "GoalCosine",
     "ModelLogRatio",
     "NotFinite",
@@ -32,6 +34,7 @@ __all__ = [
     "Sampling",
     "SpansFrom",
     "StepReward",
+    "converse",
     "goal_state",
     "openrlhf_reward",
     "resolve_model",

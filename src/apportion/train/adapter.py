@@ -34,7 +34,7 @@ def base_and_adapter(name: str, *, rank: int = 0, alpha: int = 0) -> tuple[str, 
 
 def file_of(place: str, name: str) -> Path | None:
     """A file of a model's folder, or of its repository on the hub; None where it has none or cannot be asked."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     silent: dict[str, Any] = {
         f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")

@@ -7,8 +7,10 @@ from dataclasses import fields
 
 import torch
 
+from apportion.tasks import unverified
 from apportion.train.config import Config, Options
 from apportion.train.policy import CausalPolicy, check_lengths
+from apportion.train.rewards import check_rewards
 from apportion.train.schedule import check_schedule, draw
 
 LOWEST = {
@@ -19,7 +21,16 @@ LOWEST = {
     **dict.fromkeys(("lora_rank", "lora_alpha", "weight_decay", "eval_every", "eval_size", "eval_temperature"), 0),
     **dict.fromkeys(("patience", "save_every", "collapse_reward", "collapse_entropy", "collapse_length"), 0),
 }
-ABOVE_ZERO = ("temperature", "top_p", "tool_seconds", "reward_seconds", "lr", "grad_clip", "critic_lr", "warmup_lr")
+ABOVE_ZERO = (
+    "temperature",
+    "top_p",
+    "tool_seconds",
+    "reward_seconds",
+    "lr",
+    "grad_clip",
+    "rate_of_critic",
+    "warmup_lr",
+)
 
 
 class OutOfMemory(ValueError):
@@ -38,6 +49,7 @@ def check(config: Config) -> None:
     _check_critic(config)
     _check_watch(config)
     check_schedule(config.task.train, config.prompts_per_step)
+    check_rewards(config)
 
 
 def _check_ranges(config: Config) -> None:
@@ -75,6 +87,12 @@ def _check_sampling(config: Config) -> None:
     if config.task_weight == 0 and not any(reward.weight for reward in config.rewards):
         raise ValueError(
             "task_weight is 0 and no rewards are given, so nothing would be rewarded. Give rewards, or leave task_weight out."
+        )
+
+    if config.task_weight and getattr(config.task, "verifier", None) is unverified:
+        raise ValueError(
+            f"task_weight is {config.task_weight:g}, but the task verifies nothing (verify=None). Give rewards and "
+            "task_weight=0, or a verifier."
         )
 
 
@@ -147,7 +165,9 @@ def without_effect(config: Config) -> dict[str, str]:
         or (config.objective == "cispo" and "cispo has no lower bound"),
         "clip_high": one_update and "one update per step keeps the ratio at 1",
         "dual_clip": one_update and "one update per step keeps the ratio at 1",
-        "objective": one_update and config.ratio == "token" and "one update per step keeps the ratio at 1, where both have the same gradient",
+        "objective": one_update
+        and config.ratio == "token"
+        and "one update per step keeps the ratio at 1, where both have the same gradient",
         "correction_cap": config.correction == "none" and "correction is none",
         "kl_in": not config.kl_coef and "kl_coef is 0",
         "kl_estimator": (not config.kl_coef or config.kl_in != "loss") and "no KL penalty stands in the loss",
@@ -173,6 +193,12 @@ def without_effect(config: Config) -> dict[str, str]:
     }
     changed = {f.name for f in fields(Options) if getattr(config, f.name) != f.default}
     return {name: reason for name, reason in idle.items() if reason and name in changed}
+
+
+def notes_of(config: Config) -> list[str]:
+    """What a user should know of this run at its start: options without effect, and what the task says of its data."""
+    idle = [f"{name} has no effect in this run: {reason}." for name, reason in without_effect(config).items()]
+    return [*idle, *getattr(config.task, "notes", ())]
 
 
 def check_prompts(config: Config, policy: CausalPolicy) -> None:

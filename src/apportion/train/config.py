@@ -177,8 +177,8 @@ class Options:
     """Who supplies `values` to methods that read them (gae): a linear head on the policy's last state, or a model of its own."""
     critic_model: str = ""
     """Where the critic's own model starts; empty = a copy of the policy."""
-    critic_lr: float = 1e-3
-    """Learning rate of the value head; a critic of its own wants about 1e-5."""
+    critic_lr: float | None = None
+    """Learning rate of the critic; None = 1e-3 for a head, 1e-5 for a model of its own, which 1e-3 would wreck."""
     critic_warmup: int = 0
     """First steps that train the critic alone, so that the policy does not follow an empty one."""
     value_coef: float = 0.1
@@ -238,7 +238,7 @@ class Options:
     micro_tokens: int = 1024
     """Tokens in one forward and backward pass; gradients are accumulated over them, so it changes memory and speed, not the result."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Compute activations again in the backward pass: less memory, a fifth to a third more time."""
     sample_rows: int = 64
     """Responses decoded together."""
     share_prompt: bool = True
@@ -308,6 +308,13 @@ class Config(Options):
         """Every option as JSON: numbers and text as they are, objects as their expression."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: _plain(v) for k, v in values.items()}
+
+    @property
+    def rate_of_critic(self) -> float:
+        """`critic_lr`, or what it stands for."""
+        if self.critic_lr is not None:
+            return self.critic_lr
+        return 1e-5 if self.critic == "model" else 1e-3
 
     @property
     def evaluates(self) -> bool:

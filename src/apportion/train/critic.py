@@ -50,7 +50,7 @@ class Critic(SecondModel):
         return cls(
             model=config.critic_model or None,
             loss=config.value_loss(),
-            lr=config.critic_lr,
+            lr=config.rate_of_critic,
             weight_decay=config.weight_decay,
             grad_clip=config.grad_clip,
             epochs=config.inner_epochs,

@@ -20,7 +20,8 @@ class SecondModel:
     """A model with an optimizer of its own, made when it is first needed, and all of it in the checkpoint.
 
     Args:
-        model: a folder, a hub name or a packaged model with the policy's tokenizer, all of whose weights are trained.
+        model: a folder, a hub name or a packaged model with the policy's tokenizer; all its weights are trained, of the
+            folder of an adapter only the adapter.
             None = a copy of the policy at the first step, which is after its warm-up; of a policy with a LoRA adapter
             only the adapter is copied and trained, the rest is shared.
         lr: constant learning rate of AdamW (0.9, 0.99).

@@ -11,15 +11,17 @@ from apportion.losses import add_losses
 from apportion.record import Run, RunWriter, write_jsonl
 from apportion.train.card import write_card
 from apportion.train.checkpoint import load_checkpoint
-from apportion.train.checks import check, check_prompts, within_memory, without_effect
+from apportion.train.checks import check, check_prompts, notes_of, within_memory
 from apportion.train.collecting import Collected, collect, flat_groups, sampler_of
 from apportion.train.config import Config, Measure
+from apportion.train.critic import explained
 from apportion.train.evaluating import evaluate
 from apportion.train.kl import reference_kl, steered
 from apportion.train.learner import NotFinite, learn
 from apportion.train.measuring import measured, measures_of, required
 from apportion.train.policy import CausalPolicy
 from apportion.train.report import Report
+from apportion.train.rewards import signal_names, unmeasured_counts
 from apportion.train.schedule import LEARNING, draw, generator_for
 from apportion.train.state import State
 from apportion.train.warmup import demonstrations, warmup_rate, warmup_step
@@ -59,8 +61,8 @@ def _train(
     config: Config, policy: CausalPolicy, report: Report, measures: Sequence[Measure], saved: dict[str, Any] | None
 ) -> None:
     state = State(config, policy, measures, saved)
-    for option, reason in without_effect(config).items():
-        report.say(f"{option} has no effect in this run: {reason}.")
+    for note in notes_of(config):
+        report.say(note)
     while state.warmed < config.warmup:
         _warm_up(config, policy, report, state)
     policy.refresh_sampler()
@@ -101,6 +103,7 @@ def _step(config: Config, policy: CausalPolicy, report: Report, measures: Sequen
     clock.lap("update")
     state.step, state.drawn, state.tokens = step, state.drawn + collected.drawn, state.tokens + collected.tokens
     numbers = {**_summary(collected, rollouts, config), **clock.laps, **_notes(credit, measures), **metrics}
+    numbers |= explained(rollouts, credit)
     report.log(step, "train", tokens=state.tokens, **numbers)
     state.watch.sees(numbers)
 
@@ -150,7 +153,7 @@ def _warm_up(config: Config, policy: CausalPolicy, report: Report, state: State)
     clock = Clock()
     start = state.warmed * config.warmup_batch
     problems = draw(config.task.train, config.warmup_batch, config.seed, start, stream=1)
-    rows = demonstrations(policy, problems, config.max_new_tokens)
+    rows = demonstrations(config, policy, problems)
     for group in state.optimizer.param_groups:
         group["lr"] = warmup_rate(state.warmed, config.warmup, config.warmup_lr)
     with within_memory(config, "warmup_batch"):
@@ -184,11 +187,13 @@ def load_policy(config: Config) -> CausalPolicy:
 
 
 def _save(config: Config, policy: CausalPolicy) -> None:
-    """RUN/model, and RUN/adapter where an adapter was trained; each with its card."""
+    """RUN/model, and RUN/adapter where an adapter was trained; and the cards of these and of RUN/best."""
     policy.save(str(config.folder / "model"))
-    write_card(config.folder, config.folder / "model")
     if policy.adapted:
         policy.save_adapter(str(config.folder / "adapter"))
+    for name in ("model", "adapter", "best"):
+        if (config.folder / name).is_dir():
+            write_card(config.folder, config.folder / name)
 
 
 class Clock:
@@ -213,7 +218,7 @@ def _open(config: Config, resume: bool, command: str) -> RunWriter:
                 "seed": config.seed,
                 "command": command,
                 "config": config.printable(),
-                "without_effect": without_effect(config),
+                "notes": notes_of(config),
             },
         )
     writer = RunWriter.resume(config.folder)
@@ -235,7 +240,7 @@ def _summary(collected: Collected, rollouts: Rollouts, config: Config) -> dict[s
     before = collected.rollouts
     outcome = before.signals["outcome"].values.double()
     assert rollouts.truncated is not None
-    names = {"verifier", *(reward.name for reward in config.rewards)} & before.signals.keys()
+    rewards = {name: before.signals[name].values for name in signal_names(config)}
     return {
         "reward": float(outcome.nanmean()),
         "length": float(rollouts.action_mask.sum(1).double().mean()),
@@ -244,7 +249,8 @@ def _summary(collected: Collected, rollouts: Rollouts, config: Config) -> dict[s
         "refilled": collected.refilled,
         "entropy": float(rollouts.signals["entropy"].values.nanmean()),
         "unmeasured": int(outcome.isnan().sum()),
-        **{f"reward/{name}": float(before.signals[name].values.nanmean()) for name in sorted(names)},
+        **unmeasured_counts(before),
+        **{f"reward/{name}": float(values.nanmean()) for name, values in rewards.items()},
     }
 
 

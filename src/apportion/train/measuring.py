@@ -13,6 +13,8 @@ from apportion.train.critic import Critic
 from apportion.train.kl import penalised
 from apportion.train.learner import in_parts
 from apportion.train.policy import CausalPolicy
+from apportion.train.rewards import signal_names
+from apportion.train.turns import supplied as supplied_by
 from apportion.types import Rollouts, Signal, Spans
 
 ALWAYS = {"tokens", "logprobs", "signals.outcome", "group_ids", "trajectory_ids", "action_mask", "lengths", "truncated"}
@@ -51,8 +53,8 @@ def measures_of(config: Config) -> list[Measure]:
     supplied = ALWAYS | FROM_POLICY | STATISTICS.keys() | {p for m in chosen for p in m.provides}
     supplied |= {"values"} if config.critic == "head" else set()
     supplied |= {"spans.step"} if splitter_of(config) is not None else set()
-    supplied |= {f"signals.{reward.name}" for reward in config.rewards}
-    supplied |= set(getattr(config.task, "provides", ()))
+    supplied |= {f"signals.{name}" for name in signal_names(config)}
+    supplied |= supplied_by(config.task)
     missing = sorted(needs - supplied)
     if missing:
         raise ValueError(
@@ -162,7 +164,8 @@ def _cure(missing: str) -> str:
         "values": "Train with a critic (--critic head, or --critic model).",
         "spans.step": "Give a splitter, such as lines() (--splitter lines).",
         "signals.judge": "Give a judge (--judge tool, or the address of an OpenAI-compatible server).",
-        "signals.log_ratio": "Give measures=(ModelLogRatio(MODEL),).",
+        "signals.log_ratio": "Give measures=(OnlinePRM(),), or ModelLogRatio(MODEL).",
+        "signals.decoded": "Give a measure of the factors and a decoder, measures=(FACTORS, LinearDecoder()).",
         "signals.contrast": "Give measures=(PromptContrast(MODEL),).",
         "signals.goal_cosine": "Give measures=(GoalCosine(STATE),).",
     }

@@ -91,6 +91,7 @@ def rewarded(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", 
     `outcome = task_weight * verifier + sum_k weight_k * reward_k` over the rewards that apply to the response. One that
     the limit cut gets `truncated_reward` instead, if that is set; its rewards are still measured, under their names.
     Without `rewards` the verifier is the only one and has no signal of its own, and is not asked about such responses.
+    Where an environment paid for turns, what it paid in all stands for the verifier's word.
 
     Plain rewards are asked one after another, with the async ones going on beside them.
 
@@ -111,8 +112,7 @@ def rewarded(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", 
     columns: dict[str, list[float | None]] = {}
     if config.task_weight:
         rows = range(rollouts.batch) if config.rewards else (~fixed).nonzero()[:, 0].tolist()
-        verified = ask_here(config.task.verify, [(problems[row], rollouts.meta["text"][row]) for row in rows])
-        columns[VERIFIER] = batch.column(VERIFIER, verified, rows)
+        columns[VERIFIER] = batch.column(VERIFIER, _verified(rollouts, problems, config, rows), rows)
     for reward in sorted(config.rewards, key=lambda r: is_async(_method(r.function))):
         columns[reward.name] = batch.column(reward.name, answers[reward.name], range(rollouts.batch))
     weights = {VERIFIER: config.task_weight, **{r.name: r.weight for r in config.rewards}}
@@ -123,6 +123,17 @@ def rewarded(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", 
     signals = {name: Signal(values, "trajectory") for name, values in {**parts, "outcome": outcome}.items()}
     rollouts = rollouts.with_signals(**signals)
     return rollouts.replace(meta={**rollouts.meta, "unmeasured": batch.reasons}) if may_miss else rollouts
+
+
+def _verified(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", rows: Sequence[int]) -> Iterator[Any]:
+    """What the environment paid for these rows in all, or else what the task's verifier says."""
+    texts = rollouts.meta["text"]
+    if "environment" not in rollouts.signals:
+        return ask_here(config.task.verify, [(problems[row], texts[row]) for row in rows])
+    paid = rollouts.signals["environment"].values.tolist()
+    unpaid = [row for row in rows if math.isnan(paid[row])]
+    answers = ask_here(config.task.verify, [(problems[row], texts[row]) for row in unpaid])
+    return (next(answers) if math.isnan(paid[row]) else paid[row] for row in rows)
 
 
 def signal_names(config: "Config") -> list[str]:

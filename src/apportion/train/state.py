@@ -44,7 +44,7 @@ class State:
         named = self.policy.trainable()
         head = [p for name, p in named.items() if name.startswith("value_head.")]
         body = [p for name, p in named.items() if not name.startswith("value_head.")]
-        groups = [{"params": body, "peak": self.config.lr}, {"params": head, "peak": self.config.critic_lr}]
+        groups = [{"params": body, "peak": self.config.lr}, {"params": head, "peak": self.config.rate_of_critic}]
         return torch.optim.AdamW(
             [g for g in groups if g["params"]],
             lr=self.config.lr,

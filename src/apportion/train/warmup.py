@@ -5,11 +5,31 @@ from collections.abc import Sequence
 import torch
 
 from apportion.tasks import Problem
+from apportion.train.config import Config
 from apportion.train.policy import CausalPolicy
+from apportion.train.turns import demonstrated
 from apportion.types import Rollouts
 
 
-def demonstrations(policy: CausalPolicy, problems: Sequence[Problem], max_new_tokens: int) -> Rollouts:
+def demonstrations(config: Config, policy: CausalPolicy, problems: Sequence[Problem]) -> Rollouts:
+    """The rows of worked solutions, what the policy should write in them as the actions.
+
+    With an environment the solution's turns are played with it (`turns.demonstrated`); else `written`.
+    """
+    environment = getattr(config.task, "environment", None)
+    if environment is None:
+        return written(policy, problems, config.max_new_tokens)
+    return demonstrated(
+        policy,
+        problems,
+        environment=environment,
+        max_new_tokens=config.max_new_tokens,
+        max_turns=config.max_turns,
+        tool_seconds=config.tool_seconds,
+    )
+
+
+def written(policy: CausalPolicy, problems: Sequence[Problem], max_new_tokens: int) -> Rollouts:
     """Prompt, worked solution and end token as rows; the solution and the end token are the actions.
 
     Raises:

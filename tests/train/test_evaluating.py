@@ -119,12 +119,11 @@ def test_the_task_may_say_what_an_answer_is(settings):
     """By their last numbers "6 + 1" and "7" differ; the task adds them up, so that 7 has two votes of four."""
     texts = [["7", "6 + 1", "3", "4"], ["0"] * 4]
 
-    class Adds(BasicTask):
-        def answer_of(self, text):
-            return sum(int(word) for word in text.split() if word.isdigit())
+    def added(text):
+        return sum(int(word) for word in text.split() if word.isdigit())
 
-    task = number_task(verify=lambda problem, text: float(Adds.answer_of(None, text) == int(problem.answer)))
-    adds = Adds(task.name, task.train, task.test, task.verifier)
+    task = number_task(verify=lambda problem, text: float(added(text) == int(problem.answer)))
+    adds = replace(task, answer_of=added)
     assert numbers_of(replace(settings, task=task), Script(texts))["majority@4"] == pytest.approx(2 / 4 / 2)
     assert numbers_of(replace(settings, task=adds), Script(texts))["majority@4"] == pytest.approx(1 / 2)
 

@@ -25,7 +25,7 @@ def test_every_option_of_the_command_is_in_the_table(capsys):
 
 def test_every_flag_that_the_text_mentions_is_there():
     text, _, table = PAGE.partition("## All options")
-    elsewhere = {"--check", "--resume", "--no-deps"}
+    elsewhere = {"--check", "--resume", "--no-deps", "--prompt"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - elsewhere <= set(re.findall(r"--[\w-]+", table))
 
 

@@ -1,6 +1,6 @@
 """Checks docs/coming-from.md: no option of another trainer is forgotten, and none is named that does not exist.
 
-Run: python docs/coming_from.py                  TRL, as it is installed, and our own names
+Run: python docs/coming_from.py                  TRL, as it is installed, and our own names in every chapter
      python docs/coming_from.py --verl YAML      verl/trainer/config/_generated_ppo_trainer.yaml (needs omegaconf)
      python docs/coming_from.py --openrlhf PY    openrlhf/cli/train_ppo_ray.py
      ... --list                                  every option with its default, instead
@@ -19,6 +19,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PAGE = Path(__file__).with_name("coming-from.md")
 ABSENT = "–"
+ASKED_FOR = (
+    *("GRPOTrainer", "RLOOTrainer", "GRPOConfig", "RLOOConfig"),
+    *("TrainingArguments", "ModelConfig", "ScriptArguments"),
+)
+"""The classes of TRL whose fields stand under a theme."""
 Found = dict[str, dict[str, Any]]
 """Options with their defaults, by what they belong to: a class of TRL's, or the whole of verl or OpenRLHF."""
 
@@ -37,16 +42,19 @@ class Row:
 def rows(page: str, trainer: str) -> list[Row]:
     """The rows of a trainer's chapter.
 
-    A heading of TRL's names the classes whose fields stand under it, separated by commas. A heading of verl's may begin
-    with what the names under it begin with, in backticks.
+    Under `###` stands a theme; under `####`, of TRL's, the classes that are named there, separated by commas. A `####` of
+    verl's may begin with what the names under it begin with, in backticks.
     """
     chapter = next(x for x in re.split(r"^## ", page, flags=re.MULTILINE) if x.startswith(trainer))
     made: list[Row] = []
-    kinds, prefix = (trainer,), ""
+    themed = ASKED_FOR if trainer == "TRL" else (trainer,)
+    kinds, prefix = themed, ""
     for line in chapter.splitlines():
-        if line.startswith("### ") and trainer == "TRL":
-            kinds = tuple(line[4:].split(", "))
-        elif line.startswith("### "):
+        if line.startswith("### "):
+            kinds, prefix = themed, ""
+        elif line.startswith("#### ") and trainer == "TRL":
+            kinds = tuple(line[5:].split(", "))
+        elif line.startswith("#### "):
             prefix = "".join(f"{x}." for x in quoted(line)[:1])
         elif line.startswith("| `"):
             theirs, default, ours, why = (cell.strip() for cell in line.strip("|").split(" |"))
@@ -196,9 +204,11 @@ def main() -> int:
             *(f"{kind} {name} = {shown(x)}" for kind, options in found.items() for name, x in options.items()), sep="\n"
         )
         return 0
-    told = rows(PAGE.read_text(), "verl" if asked.verl else "OpenRLHF" if asked.openrlhf else "TRL")
-    made = problems(told, found) + our_problems(told)
-    print(*made, sep="\n")
+    page, trainer = PAGE.read_text(), "verl" if asked.verl else "OpenRLHF" if asked.openrlhf else "TRL"
+    made = problems(rows(page, trainer), found)
+    if trainer == "TRL":
+        made += [wrong for name in ("TRL", "verl", "OpenRLHF") for wrong in our_problems(rows(page, name))]
+    print(*(made or [f"{sum(map(len, found.values()))} options of {trainer}: each has its row"]), sep="\n")
     return int(bool(made))
 
 

@@ -3,6 +3,9 @@
 import asyncio
 import threading
 import time
+from types import MappingProxyType
+
+import pytest
 
 from apportion.tasks import Problem
 from apportion.train.asking import AT_ONCE, Failure, NamedFunction, ask, ask_here
@@ -23,7 +26,7 @@ def test_async_calls_beyond_the_limit_wait_for_their_turn_and_their_time_counts_
     assert most[0] == AT_ONCE
 
 
-def test_plain_calls_are_made_as_they_are_fetched_in_one_thread():
+def test_plain_calls_are_made_as_they_are_fetched_in_threads():
     seen = []
 
     def call(x):
@@ -33,13 +36,12 @@ def test_plain_calls_are_made_as_they_are_fetched_in_one_thread():
     answers = ask(call, [(1,), (2,), (3,)], 1.0)
     assert [next(answers), next(answers)] == [1, 2]
     assert [x for x, _ in seen] == [1, 2]
-    assert len({thread for _, thread in seen}) == 1
-    assert seen[0][1] != threading.get_ident()
+    assert threading.get_ident() not in {thread for _, thread in seen}
 
 
 def test_no_thread_stays_once_its_call_is_over():
     def threads():
-        return {t for t in threading.enumerate() if t.name == "apportion-reward"} - before
+        return {t for t in threading.enumerate() if t.name == "apportion-call"} - before
 
     before = set()
     before = threads()
@@ -79,6 +81,30 @@ def test_what_cannot_be_sent_to_a_process_is_a_failure():
 def test_a_process_that_dies_is_a_failure_and_the_next_call_has_another():
     call = NamedFunction("os:_exit")
     assert [x.reason for x in ask(call, [(1,), (1,)], 5.0)] == ["ended its process"] * 2
+
+
+def test_a_limit_raised_after_the_process_started_is_the_one_that_counts():
+    call = NamedFunction("time:sleep")
+    call.worker.seconds = 0.1
+    call.check()
+    assert list(ask(call, [(1.5,)], 10.0)) == [None]
+    (late,) = ask(call, [(1.5,)], 0.2)
+    assert late.reason == "took longer than 0.2 s"
+    call.worker.close()
+
+
+@pytest.mark.parametrize("text", ["nul \0", "a lone surrogate \ud800", "\N{GRINNING FACE}\u2028\r\n", "x" * 500_000])
+def test_any_text_reaches_a_process_and_comes_back(text):
+    call = NamedFunction("builtins:getattr")
+    problem = Problem("a", text, "", "", data=MappingProxyType({"key": text}))
+    assert list(ask(call, [(problem, "question"), (problem, "data")], 10.0)) == [text, {"key": text}]
+    call.worker.close()
+
+
+def test_a_text_that_is_too_long_to_come_back_is_a_failure():
+    call = NamedFunction("builtins:str.upper")
+    assert [x.reason for x in ask(call, [("x" * 3_000_000,)], 10.0)] == ["returned too much"]
+    call.worker.close()
 
 
 def test_here_is_this_thread():

@@ -49,6 +49,18 @@ def test_parents_of_spans_move_with_them_and_roots_stay_roots():
     assert joined(parts).spans["branch"].parent.tolist() == [-1, 0, -1, 2]
 
 
+def test_states_that_one_batch_does_not_know_match_nothing():
+    def turns(state):
+        columns = [torch.tensor(x) for x in ([0, 1], [0, 0], [1, 1], [0, 0])]
+        return Spans(*columns, state=state)
+
+    parts = [batch([[1], [2]], [0, 0], [1.0, 0.0], spans={"turn": turns(s)}) for s in (torch.tensor([7, 7]), None)]
+    first, second = joined(parts).spans["turn"].state.view(2, 2).tolist()
+    assert first == [7, 7]
+    assert second[0] != second[1]
+    assert joined(parts[1:] * 2).spans["turn"].state is None
+
+
 def test_one_batch_is_itself():
     a = batch([[1]], [0], [1.0])
     assert joined([a]) is a

@@ -8,7 +8,7 @@ import torch
 from apportion.credit import grpo
 from apportion.losses import KLToReference, PolicyGradient, add_losses
 from apportion.train import CausalPolicy, NotFinite, Request, Sampling
-from apportion.train.learner import micro_batches, update
+from apportion.train.learner import learn, micro_batches, mini_batches, update
 from apportion.types import Credit, Signal
 
 LOSS = add_losses(PolicyGradient())
@@ -24,16 +24,21 @@ def sampled(policy, task, sizes=(4, 1, 3), rewards=None):
     return rollouts.with_signals(outcome=Signal(rewards, "trajectory"))
 
 
-def gradients(policy, rollouts, credit, loss=LOSS, **options):
+def moved(policy, train):
+    """By how much `train(parameters, optimizer)` moves the weights, which it then gets back."""
     parameters = list(policy.trainable().values())
     before = [p.detach().clone() for p in parameters]
-    settings = {"micro_tokens": 10_000, "grad_clip": 1e9, **options}
-    update(policy, parameters, torch.optim.SGD(parameters, lr=1.0), rollouts, credit, loss, **settings)
+    train(parameters, torch.optim.SGD(parameters, lr=1.0))
     steps = [a - p.detach() for a, p in zip(before, parameters, strict=True)]
     with torch.no_grad():
         for p, a in zip(parameters, before, strict=True):
             p.copy_(a)
     return torch.cat([step.flatten() for step in steps])
+
+
+def gradients(policy, rollouts, credit, loss=LOSS, **options):
+    settings = {"micro_tokens": 10_000, "grad_clip": 1e9, **options}
+    return moved(policy, lambda weights, sgd: update(policy, weights, sgd, rollouts, credit, loss, **settings))
 
 
 def test_outputs_are_the_sampled_logprobs_for_ragged_groups(policy, task):
@@ -81,6 +86,54 @@ def test_micro_batches_cover_every_row_once_within_the_limit(policy, task):
     batches = list(micro_batches(rollouts, torch.arange(8), 40))
     assert sorted(torch.cat(batches).tolist()) == list(range(8))
     assert all(len(b) * int(rollouts.lengths[b].max()) <= 40 for b in batches)
+
+
+def test_mini_batches_hold_whole_groups_in_a_new_order_each_epoch(policy, task):
+    rollouts = sampled(policy, task, sizes=(4, 1, 3))
+    batches = [b.tolist() for b in mini_batches(rollouts, 3, 2, torch.Generator().manual_seed(0))]
+    groups = ([0, 1, 2, 3], [4], [5, 6, 7])
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        assert sorted(first + second) == list(range(8))
+        assert all(set(g) <= set(first) or set(g) <= set(second) for g in groups)
+    assert len({tuple(first) for first in batches[::2]}) > 1
+    assert [b.tolist() for b in mini_batches(rollouts, 2, 1)] == [list(range(8))] * 2
+    assert len(list(mini_batches(rollouts, 1, 9))) == 3  # a group is never split
+
+
+def test_each_part_is_an_update_with_the_credit_of_the_step_and_totals_of_its_own(policy, task):
+    rollouts = sampled(policy, task)
+    rollouts = rollouts.replace(old_logprobs=rollouts.logprobs)
+    credit = grpo()(rollouts)
+
+    settings = {"micro_tokens": 60, "grad_clip": 0.1}
+
+    def order():
+        return torch.Generator().manual_seed(3)
+
+    def at_once(weights, sgd):
+        learn(policy, weights, sgd, rollouts, credit, LOSS, epochs=2, parts=2, generator=order(), **settings)
+
+    def one_by_one(weights, sgd):
+        for rows in mini_batches(rollouts, 2, 2, order()):
+            part, its = rollouts.select(rows), Credit(credit.advantages[rows], credit.mask[rows])
+            update(policy, weights, sgd, part, its, LOSS, **settings)
+
+    assert torch.equal(moved(policy, at_once), moved(policy, one_by_one))
+
+
+def test_what_is_not_finite_in_a_later_part_is_named_by_its_row_in_the_step(policy, task):
+    rollouts = sampled(policy, task)
+    credit = grpo()(rollouts)
+    *_, last = mini_batches(rollouts, 1, 3, torch.Generator().manual_seed(0))
+    row = int(last[-1])
+    advantages = torch.where(rollouts.action_mask, 1.0, 0.0)
+    advantages[row] = torch.where(rollouts.action_mask[row], torch.inf, 0.0)
+    broken, order = Credit(advantages, credit.mask), torch.Generator().manual_seed(0)
+    settings = {"parts": 3, "generator": order, "micro_tokens": 60, "grad_clip": 0.1}
+    with pytest.raises(NotFinite) as caught:
+        moved(policy, lambda weights, sgd: learn(policy, weights, sgd, rollouts, broken, LOSS, **settings))
+    assert caught.value.rows == [row]
+    assert caught.value.updates == 2
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change_and_names_the_row(policy, task):

@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -94,12 +97,9 @@ def test_every_option_trains_and_resumes_to_the_same_numbers(config, digits, tas
 
 
 CHILD = """
-import sys
-from dataclasses import replace
 from apportion.credit import grpo
 from apportion.tasks import arithmetic
 from apportion.train import Config, run
-model, out, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
 task = arithmetic(terms=2, train=64, test=16)
 class Any:
     name, splitter, judge, train, test = "any", None, None, task.train, task.test
@@ -112,11 +112,9 @@ run(Config(model=model, task=Any(), credit=grpo(), out=out, steps=4, prompts_per
 
 
 EVERYTHING = """
-import sys
 from apportion.credit import add, chain, gae, oprl, whiten
 from apportion.tasks import Environment, Reply, arithmetic
 from apportion.train import Config, OnlinePRM, Reward, run
-model, out, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
 task = arithmetic(terms=2, train=64, test=16)
 class Echo(Environment):
     turns = 0
@@ -143,26 +141,80 @@ run(Config(
 """
 
 
-def child(model: str, out: Path, mode: str, script: str = CHILD) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, model, str(out), mode], env=environment)
+NURSERY = """
+import json, os, sys, traceback
+import apportion.record._table, apportion.train, pandas, peft, transformers.models.llama.modeling_llama
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            exec(json.loads(line)["script"], {"__name__": "script", **json.loads(line)})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(pid, file=answers, flush=True)
+    print(os.waitpid(pid, 0)[1], file=answers, flush=True)
+os._exit(0)
+"""
+
+
+class Nursery:
+    """Begins processes that have imported what takes seconds, and done nothing else; one at a time."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-W", "ignore", "-c", NURSERY]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+
+    def begin(self, model: str, out: Path, script: str) -> None:
+        """Begin the run, or go on with it."""
+        given = {"script": script, "model": model, "out": str(out), "resume": (out / "run.json").exists()}
+        self.process.stdin.write(json.dumps(given).encode() + b"\n")
+        self.pid = int(self.process.stdout.readline())
+
+    def running(self) -> bool:
+        return not select.select([self.process.stdout], [], [], 0)[0]
+
+    def kill(self) -> int:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The status with which it ended; 0 = well."""
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    made = Nursery()
+    yield made
+    made.process.stdin.close()
+    assert made.process.wait() == 0
+    made.process.stdout.close()
 
 
 @pytest.mark.parametrize("script", [CHILD, EVERYTHING], ids=["plain", "everything-on"])
-def test_killed_at_random_points_a_run_resumes_to_the_numbers_of_an_uninterrupted_one(tiny_model, tmp_path, script):
+def test_killed_at_random_points_a_run_resumes_to_the_numbers_of_an_uninterrupted_one(
+    nursery, tiny_model, tmp_path, script
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert child(tiny_model, whole, "fresh", script).wait() == 0
+    nursery.begin(tiny_model, whole, script)
+    assert nursery.wait() == 0
     rng, kills = random.Random(0), 0
-    process = child(tiny_model, killed, "fresh", script)
+    nursery.begin(tiny_model, killed, script)
     for number in range(6):
-        wait_for_a_moment(killed, rng, during_checkpoint=number % 2 == 1, process=process)
-        if process.poll() is not None:
+        wait_for_a_moment(killed, rng, during_checkpoint=number % 2 == 1, running=nursery.running)
+        if not nursery.running():
             break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        process = child(tiny_model, killed, "resume" if (killed / "run.json").exists() else "fresh", script)
-    assert process.wait() == 0
+        kills += nursery.kill() == signal.SIGKILL
+        nursery.begin(tiny_model, killed, script)
+    assert nursery.wait() == 0
     assert kills >= 3
     assert numbers(killed) == numbers(whole)
     a, b = weights(whole), weights(killed)
@@ -170,13 +222,17 @@ def test_killed_at_random_points_a_run_resumes_to_the_numbers_of_an_uninterrupte
     assert Run(killed).steps() == [1, 2, 3, 4]
     for step in Run(killed).steps():
         assert torch.equal(Run(killed).credit(step).advantages, Run(whole).credit(step).advantages)
+    for file in whole.glob("*/model.safetensors"):  # RUN/best and RUN/model
+        assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes()
 
 
-def wait_for_a_moment(folder: Path, rng: random.Random, *, during_checkpoint: bool, process: subprocess.Popen) -> None:
+def wait_for_a_moment(
+    folder: Path, rng: random.Random, *, during_checkpoint: bool, running: Callable[[], bool]
+) -> None:
     """Until the run writes a checkpoint, or some time after it has recorded something new."""
     metrics = folder / "metrics.jsonl"
     before = metrics.stat().st_size if metrics.exists() else 0
-    while process.poll() is None:
+    while running():
         if during_checkpoint and any((folder / "checkpoints").glob("*.tmp")):
             return
         if not during_checkpoint and metrics.exists() and metrics.stat().st_size > before:
@@ -208,7 +264,7 @@ def test_a_nan_reward_can_be_left_out(config, digits, monkeypatch):
     assert credit.mask[1].any()
 
 
-def test_an_infinite_credit_stops_before_the_weights_change(config, digits):
+def test_an_infinite_credit_stops_before_the_weights_change(config, digits, tmp_path):
     from apportion import Credit
 
     class Broken:
@@ -217,8 +273,20 @@ def test_an_infinite_credit_stops_before_the_weights_change(config, digits):
         def __call__(self, rollouts):
             return Credit(torch.where(rollouts.action_mask, torch.inf, 0.0), rollouts.action_mask)
 
-    with pytest.raises(NotFinite, match=r"step 1 stopped: the loss is .*; the weights are those of step 0"):
+    with pytest.raises(NotFinite, match=r"step 1 stopped: the loss is .*; the weights are those of step 0\."):
         run(config(task=digits, credit=Broken(), eval_every=0))
+
+    class BrokenAtLast(Broken):
+        def __call__(self, rollouts):
+            last = rollouts.group_ids == rollouts.num_groups - 1
+            broken = rollouts.action_mask & last[:, None]
+            return Credit(torch.where(broken, torch.inf, rollouts.action_mask.float()), rollouts.action_mask)
+
+    settings = config(task=digits, credit=BrokenAtLast(), eval_every=0, mini_batches=4, out=str(tmp_path / "parts"))
+    with pytest.raises(
+        NotFinite, match=r"4 of 16 rollouts \(rows \[12, .*; the weights are those of update 1 of this step"
+    ):
+        run(settings)
 
 
 # ---- mistakes, each said before anything is lost --------------------------------------------------------------------------
@@ -254,6 +322,7 @@ def test_a_run_is_resumed_with_the_same_options_or_not_at_all(config, digits):
         run(config(task=digits, steps=2, lr=1e-3), resume=True)
     with pytest.raises(OSError, match="not empty"):
         run(config(task=digits, steps=1))
+    run(config(task=digits, steps=2, micro_tokens=64, sample_rows=4), resume=True)  # as memory may demand
 
 
 def test_a_run_is_not_resumed_on_other_problems(config, task):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apportion import Credit, chain, gae, grpo
-from apportion.credit import without_truncated
+from apportion.credit import gdpo, nsr, without_truncated
 from apportion.record import Run
 from apportion.signals import fixed_ngrams
 from apportion.tasks import Environment, Reply, from_data
@@ -118,7 +118,8 @@ def test_a_run_has_so_many_steps_groups_and_responses(trained, tiny_model, tmp_p
 
 def test_groups_may_differ_in_size(trained, digits):
     sizes = {p.id: 2 + i % 3 for i, p in enumerate(digits.train)}
-    run = trained(group_sizes=lambda problem: sizes[problem.id])
+    run = trained(group_sizes=lambda problem: sizes[problem.id], group_size=1)
+    assert "group_size has no effect in this run: group_sizes decides." in run.info["notes"]
     rollouts = run.rollouts(1)
     counts = torch.bincount(rollouts.group_ids).tolist()
     first = [rollouts.meta["prompt_id"][rollouts.group_ids.tolist().index(g)] for g in range(rollouts.num_groups)]
@@ -435,13 +436,13 @@ def test_a_critic_supplies_the_values_and_learns(trained):
 
 
 @shows("critic", "critic_model")
-def test_a_critic_may_be_a_model_of_its_own(trained, other_model, start):
+def test_a_critic_may_be_a_model_of_its_own(trained, other_model):
     copy, other = (trained(credit=gae(), critic="model", critic_model=m, steps=2) for m in ("", other_model))
     assert torch.equal(copy.rollouts(1).tokens, other.rollouts(1).tokens)
     assert not copy.rollouts(1).values.any()
     assert copy.rollouts(2).values.abs().max() > 0
     assert not torch.equal(copy.rollouts(2).values, other.rollouts(2).values)
-    assert not head(copy).numel() if "value_head.weight" in checkpoint(copy)["weights"] else True
+    assert "value_head.weight" not in checkpoint(copy)["weights"]  # the policy has none
 
 
 @pytest.fixture(scope="session")
@@ -454,12 +455,15 @@ def other_model(tmp_path_factory):
 @shows("critic_warmup")
 @pytest.mark.parametrize("critic", ["head", "model"])
 def test_the_critic_learns_alone_at_first(trained, critic):
-    options = {"credit": gae(), "critic": critic, "critic_warmup": 2, "save_model": True}
+    options = {"credit": gae(), "critic": critic, "critic_warmup": 2, "lr_ramp": 2, "kl_coef": 0.1, "kl_target": 1.0}
     waiting, after = trained(**options, steps=3), trained(**options, steps=4)
     for done in (waiting, after):
         assert done.rollouts(3).values.abs().max() > 0
         assert ["policy/loss" in m for m in done.metrics("train")][:3] == [False, False, True]
     assert torch.equal(*(r.rollouts(3).logprobs for r in (waiting, after)))
+    assert [m["lr"] for m in after.metrics("train")] == [0.0, 0.0, 5e-4, 1e-3]  # the policy's ramp begins with it
+    coefs = [m["kl/coef"] for m in after.metrics("train")]
+    assert coefs[0] == coefs[1] == coefs[2] > coefs[3]  # a policy that waits steers nothing
     policy = CausalPolicy.load(waiting.info["config"]["model"], precision="float32")
     for step, same in ((3, True), (4, False)):  # what acted at step 3 is still the first policy
         rollouts = after.rollouts(step)
@@ -517,7 +521,7 @@ def test_evaluations_are_made_as_often_and_as_large_as_asked(trained):
 
 
 @shows("keep_best", "patience")
-def test_the_best_model_is_kept_and_a_run_that_finds_no_better_ends(trained, task):
+def test_the_best_model_is_kept_and_a_run_that_finds_no_better_ends(trained, task, start):
     class Falling(Flat):
         """Evaluations get worse every time; training groups are mixed."""
 
@@ -532,8 +536,9 @@ def test_the_best_model_is_kept_and_a_run_that_finds_no_better_ends(trained, tas
     assert run.steps() == [1, 2]
     assert "patience" in last(run, "stop")["reason"]
     best = CausalPolicy.load(str(run.path / "best"), precision="float32")
-    moved = torch.cat([p.detach().flatten() for p in best.trainable().values()])
-    assert not torch.equal(moved, weights(run))  # the best was the first
+    kept = torch.cat([p.detach().flatten() for p in best.trainable().values()])
+    assert torch.equal(kept, start)  # the best was the first
+    assert not torch.equal(kept, weights(run))
 
 
 @shows("collapse_reward", "collapse_entropy", "collapse_length")
@@ -557,8 +562,10 @@ def test_a_collapse_ends_the_run_with_its_reason(trained, task, option):
         "collapse_entropy": (Flat(task), {"entropy_coef": -1.0, "lr": 3e-2}),
         "collapse_length": (Short(task), {"lr": 1e-2, "max_new_tokens": 40, "group_size": 8}),
     }[option]
-    run = trained(task=made, truncated_reward=None, steps=60, save_every=0, **more, **{option: 0.8})
+    more |= {"eval_every": 100, "eval_size": 2, option: 0.8}
+    run = trained(task=made, truncated_reward=None, steps=60, save_every=0, **more)
     assert 5 < len(run.steps()) < 60
+    assert [m["step"] for m in run.metrics("eval")] == [0, len(run.steps())]  # before, and after the last step
     assert option in last(run, "stop")["reason"]
 
 
@@ -611,7 +618,21 @@ def test_progress_prints_a_line_per_step(trained, capsys):
             r"mini_batches is 5, but a step has 4 groups \(prompts_per_step\)",
         ),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, r"min_new_tokens is 9, but max_new_tokens allows 8"),
-        ({"refill": 1, "group_size": 1}, r"refill is 1, but with group_size 1|needs at least 2 per prompt"),
+        ({"refill": 1, "group_size": 1}, r"needs at least 2 per prompt, but group_size is 1"),
+        ({"refill": 1, "group_size": 1, "credit": nsr()}, r"refill is 1, but with group_size 1 every group has equal"),
+        ({"group_sizes": lambda problem: 1}, r"needs at least 2 per prompt, but group_sizes gives at most 1"),
+        ({"group_sizes": lambda problem: 0}, r"group_sizes gives problem arithmetic-\w+ 0 responses"),
+        ({"group_sizes": lambda problem: 4.0}, r"group_sizes gives problem arithmetic-\w+ 4.0 responses"),
+        ({"lr_schedule": "cosin"}, r"lr_schedule must be one of constant, linear, cosine; got 'cosin'"),
+        ({"kl_coef": 0.1, "kl_in": "rewards"}, r"kl_in must be one of loss, reward, credit; got 'rewards'"),
+        (
+            {"ratio": "turn"},
+            r"ratio='turn' needs spans.turn, which nothing in this run supplies. Use a task that answers",
+        ),
+        (
+            {"kl_coef": 0.1, "kl_in": "reward", "credit": gdpo(rewards=("half",)), "rewards": (Reward(half),)},
+            r"kl_in is 'reward', but .*does not read the outcome, so the KL penalty would do nothing",
+        ),
         ({"task_weight": 0.0}, r"task_weight is 0 and no rewards are given"),
         (
             {"task": from_data([{"prompt": f"{i} and {i}?"} for i in range(40)], answer=None, verify=None)},
@@ -654,6 +675,8 @@ def test_an_option_without_effect_is_reported(trained, capsys):
         assert f"{name} has no effect in this run: " in said
         assert any(note.startswith(f"{name} has no effect") for note in run.info["notes"])
     assert not trained(eval_every=1).info["notes"]
+    (note,) = trained(**PPO, value_clip=None, eval_every=1).info["notes"]
+    assert note.startswith("value_clip has no effect in this run: one update per step")
 
 
 @pytest.mark.parametrize(
@@ -677,11 +700,41 @@ def test_every_option_is_shown_by_a_test():
     assert {f.name for f in fields(Options)} == SHOWN.keys() | ELSEWHERE.keys()
 
 
-def test_credit_of_ones_own_class_still_runs(trained):
-    class Even:
-        requires = ("signals.outcome",)
+class Even:
+    requires = ("signals.outcome",)
 
-        def __call__(self, rollouts):
-            return Credit(torch.where(rollouts.action_mask, 1.0, 0.0), rollouts.action_mask)
+    def __call__(self, rollouts):
+        return Credit(torch.where(rollouts.action_mask, 1.0, 0.0), rollouts.action_mask)
 
-    assert trained(credit=Even()).credit(1).advantages.max() == 1
+
+def even(rollouts):
+    return Even()(rollouts)
+
+
+@pytest.mark.parametrize("own", [Even(), even], ids=["class", "function"])
+def test_credit_of_ones_own_runs_with_what_other_options_do_to_credit(trained, own):
+    run = trained(credit=own)
+    assert run.credit(1).advantages.max() == 1
+    assert run.info["credit"].endswith(f":{getattr(own, '__name__', 'Even')}")  # as the command line names it
+    masked = trained(credit=own, mask_truncated=True)
+    truncated = masked.rollouts(1).truncated
+    assert torch.equal(masked.credit(1).mask, masked.rollouts(1).action_mask & ~truncated[:, None])
+
+
+def test_what_was_told_reads_the_same_in_every_process(config):
+    settings = config(group_sizes=even, measures=(Holds(even),), splitter=Even())
+    printed = settings.printable()
+    module = even.__module__
+    assert [printed[k] for k in ("group_sizes", "measures", "splitter")] == [
+        f"{module}:even",
+        "(Holds(<function even>),)",
+        f"{module}:Even",
+    ]
+
+
+class Holds:
+    def __init__(self, function):
+        self.function = function
+
+    def __repr__(self):
+        return f"Holds({self.function!r})"

@@ -1,6 +1,7 @@
 """Rewards: hand-computed sums, and what happens when a function raises, hangs, or does not know."""
 
 import asyncio
+import dataclasses
 import functools
 import math
 import time
@@ -10,11 +11,11 @@ import torch
 
 from apportion import gdpo
 from apportion.record import Run
-from apportion.signals import matches, overlong, repetition
-from apportion.tasks import Problem
+from apportion.signals import matches, of_signal, overlong, repetition
+from apportion.tasks import BasicTask, Problem, unverified
 from apportion.train import NotFinite, Reward, RewardFailed, openrlhf_reward, run, trl_reward, verl_reward
 from apportion.train.rewards import check_rewards, rewarded, signal_names, unmeasured_counts
-from apportion.types import Rollouts
+from apportion.types import Rollouts, Signal
 
 TEXTS = ["7+5=12", "12", "", "7+5=12 so 12 12 12"]
 
@@ -135,6 +136,75 @@ def test_alone_the_verifier_is_not_asked_about_cut_responses(make):
     settings = make(truncated_reward=None)
     found = rewarded(rollouts([True, False, False, True]), problems(), settings, may_miss=False)
     assert values(found, "outcome") == [1, 1, 0, 1]
+
+
+def test_a_cut_response_whose_outcome_is_fixed_may_lack_rewards(make, monkeypatch):
+    """Nobody knows of row 0, which was cut: nothing stops, and nothing is left out."""
+    settings = make(Reward(lambda p, t: math.nan if "=" in t else 1.0, name="short"), truncated_reward=-1.0)
+    monkeypatch.setattr(settings.task, "verify", lambda p, t: math.nan if t == TEXTS[0] else 1.0)
+    cut = rollouts([True, False, False, True])
+    for may_miss in (False, True):
+        found = rewarded(cut, problems(), settings, may_miss=may_miss)
+        assert values(found, "outcome") == [-1, 2, 2, -1]
+        assert torch.tensor(values(found, "short")).isnan().tolist() == [True, False, False, True]
+        assert unmeasured_counts(found) == {}
+    settings = make(*settings.rewards, truncated_reward=None, task_weight=0.0)
+    with pytest.raises(RewardFailed, match=r"the reward short is nan, not measured, on row 0 \(and 1 more\)"):
+        rewarded(cut, problems(), settings, may_miss=False)
+
+
+# ---- what an environment paid ---------------------------------------------------------------------------------------------
+
+
+def played(*paid, truncated=(False, False, False, False)):
+    """The rollouts of a game that paid these; NaN = nothing."""
+    return rollouts(truncated).with_signals(environment=Signal(torch.tensor(paid), "trajectory"))
+
+
+@pytest.fixture
+def game(make):
+    """`game(*rewards, **options)`: a task without a verifier of its own."""
+
+    def made(*rewards, **options):
+        task = BasicTask("game", [], [], unverified, environment=lambda problem: None)
+        return dataclasses.replace(make(*rewards, **options), task=task)
+
+    return made
+
+
+def test_the_verifier_has_the_last_word_whatever_an_environment_paid(make):
+    """A tool that fines malformed calls must not take the place of the answer's reward."""
+    found = rewarded(played(-0.1, math.nan, math.nan, -0.3), problems(), make(), may_miss=False)
+    assert values(found, "outcome") == [1, 1, 0, 1]
+    fined = make(Reward(of_signal("environment"), 2.0), unmeasured="skip")
+    found = rewarded(played(-0.1, 0.0, 0.0, -0.3), problems(), fined, may_miss=False)
+    assert values(found, "outcome") == pytest.approx([0.8, 1.0, 0.0, 0.4])
+
+
+def test_without_a_verifier_the_outcome_is_what_the_environment_paid_even_for_blank_turns(game):
+    found = rewarded(played(3.0, 0.5, -1.0, 0.0), problems(), game(), may_miss=False)
+    assert values(found, "outcome") == [3, 0.5, -1, 0]
+    found = rewarded(played(3.0, 0.5, -1.0, 0.0), problems(), game(Reward(length), task_weight=2.0), may_miss=False)
+    assert values(found, "verifier") == [3, 0.5, -1, 0]
+    assert values(found, "outcome") == [12, 3, -2, 18]
+    alone = game(Reward(length), task_weight=0.0)
+    assert values(rewarded(played(3.0, 0.5, -1.0, 0.0), problems(), alone, may_miss=False), "outcome") == [6, 2, 0, 18]
+
+
+def test_a_game_that_paid_nothing_is_not_measured_unless_its_outcome_is_fixed(game):
+    """Row 2 was cut in its first turn."""
+    batch = played(3.0, 0.5, math.nan, 0.0, truncated=(False, False, True, False))
+    for rewards in ((), (Reward(length, 0.0),)):
+        fixed = game(*rewards, truncated_reward=-2.0)
+        assert values(rewarded(batch, problems(), fixed, may_miss=False), "outcome") == [3, 0.5, -2, 0]
+        open_ = game(*rewards, truncated_reward=None)
+        with pytest.raises(
+            RewardFailed, match=r"the reward verifier is nan, not measured, on row 2, problem p2, text ''"
+        ):
+            rewarded(batch, problems(), open_, may_miss=False)
+        found = rewarded(batch, problems(), open_, may_miss=True)
+        assert torch.tensor(values(found, "outcome")).isnan().tolist() == [False, False, True, False]
+        assert unmeasured_counts(found) == {"unmeasured/verifier": 1}
 
 
 def test_gdpo_reads_the_rewards_by_name(make):

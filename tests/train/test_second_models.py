@@ -218,6 +218,37 @@ def test_a_value_is_the_head_on_the_state_before_the_action(tiny_model, policy, 
         torch.testing.assert_close(values[b, rollouts.action_mask[b]], want, rtol=1e-4, atol=1e-4)
 
 
+def with_holes(rollouts) -> Rollouts:
+    """As in a conversation: what stands between was read, not written."""
+    mask = rollouts.action_mask.clone()
+    first = mask.int().argmax(1)
+    mask[torch.arange(len(mask)), first + 1] = False
+    return rollouts.replace(action_mask=mask, logprobs=torch.where(mask, rollouts.logprobs, 0.0))
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_of_several_turns_only_what_was_written_is_valued_scored_and_learnt(tiny_model, task, lora):
+    policy = CausalPolicy.load(tiny_model, precision="float32", lora_rank=lora)
+    rollouts = with_holes(answers(policy, task))
+    critic, prm = (
+        attached(Critic(micro_tokens=40, lr=1e-2), policy),
+        attached(OnlinePRM(micro_tokens=40, lr=1e-2), policy),
+    )
+    taught(critic, rollouts)  # its head was 0
+    values = critic.measure(rollouts)["values"]
+    assert (values[~rollouts.action_mask] == 0).all()
+    head = critic.second.value_head
+    for b, states in enumerate(states_before(critic.second.model, rollouts)):
+        want = states @ head.weight.detach()[0] + head.bias.item()
+        torch.testing.assert_close(values[b, rollouts.action_mask[b]], want, rtol=1e-4, atol=1e-4)
+    taught(prm, rollouts)
+    ratio = prm.measure(rollouts)["log_ratio"].values
+    assert torch.equal(ratio.isnan(), ~rollouts.action_mask)
+    every = answers(policy, task)
+    same_tokens = prm.measure(every)["log_ratio"].values
+    torch.testing.assert_close(ratio[rollouts.action_mask], same_tokens[rollouts.action_mask], rtol=1e-3, atol=1e-4)
+
+
 def test_the_first_update_by_hand(tiny_model, policy, task):
     """V = 0, so the error is R and the gradient of w and b is -coef mean(R h) and -coef mean(R); AdamW moves by lr."""
     rollouts = answers(policy, task)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from apportion.credit import gigpo
+from apportion.record import Run
 from apportion.tasks import BasicTask, Environment, Problem, Reply, calculator
-from apportion.train import CausalPolicy, Request, Sampling
+from apportion.train import CausalPolicy, Request, Sampling, run
 from apportion.train.sampler import Sampled
 from apportion.train.turns import EnvironmentFailed, converse, demonstrated, supplied
 from conftest import byte_tokenizer
@@ -186,8 +187,47 @@ def test_rows_that_end_drop_out_and_the_bar_hears_of_each(policy):
 
 
 def test_no_rollouts(policy):
-    rollouts = talk(policy, [Request(RAW, 0)])
+    rollouts = talk(policy, [])
     assert (rollouts.batch, len(rollouts.spans["turn"])) == (0, 0)
+
+
+def test_one_turn_of_one_rollout_that_the_limit_ends(policy):
+    rollouts = talk(scripted(policy, ["ab"]), [Request(RAW, 1)], max_turns=1)
+    assert rollouts.spans["turn"].to_lists(1) == [[(6, 8)]]
+    assert rollouts.truncated.tolist() == [True]
+    assert rollouts.signals["turn_reward"].values.tolist() == [1]
+    assert rollouts.tokens.tolist() == [policy.tokenizer("3+4=?\nab")["input_ids"]]  # the answer is not read
+
+
+def test_prompts_of_different_lengths_and_a_row_that_ends_at_once(policy):
+    """Beside a long prompt and a short one a row has the same tokens, and their log-probabilities are the learner's."""
+    policy.end_ids += LETTERS
+    made = []
+    for prompt in ("3+4=?\n" * 9, "3"):
+        other = Problem("other", prompt, prompt, "7")
+        turns = iter([1, 4, 4])
+        made.append(talk(policy, [Request(RAW, 2), Request(other, 1)], lambda p, turns=turns: Counting(p, next(turns))))
+        assert len(made[-1].spans["turn"].to_lists(3)[0]) == 1
+        found = policy.outputs(made[-1], made[-1].action_mask).logprobs
+        torch.testing.assert_close(found, made[-1].logprobs, rtol=1e-4, atol=1e-4)
+    assert made[0].meta["transcript"][:2] == made[1].meta["transcript"][:2]
+
+
+def test_an_environment_reads_what_was_written_letter_by_letter(policy):
+    heard = []
+
+    class Noted(Counting):
+        def reply(self, text):
+            heard.append(text)
+            return super().reply(text)
+
+    tidy = "a , b . do n't \0 \N{GRINNING FACE}"
+    policy.tokenizer.clean_up_tokenization_spaces = True
+    policy.tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    rollouts = talk(scripted(policy, [tidy, "c"]), [Request(RAW, 1)], lambda p: Noted(p, 2))
+    assert heard == [tidy, "c"]
+    assert rollouts.meta["text"] == [f"{tidy}\nc"]
+    assert rollouts.meta["transcript"] == [f"{tidy}ok 1\nc"]
 
 
 # ---- the random model -------------------------------------------------------------------------------------------------
@@ -296,6 +336,37 @@ def test_what_a_tasks_rollouts_have_besides():
     assert "spans.turn.state" in supplied(task(Counting))
 
 
+def test_a_game_without_a_verifier_is_trained_and_evaluated_by_what_it_pays(config, task):
+    class Dice(Environment):
+        """Pays for the length of each turn, and asks for two."""
+
+        cut_reward = -1.0
+        stop = tuple(map(chr, range(32, 80)))
+
+        def __init__(self, problem):
+            self.left = 2
+
+        def reply(self, text):
+            self.left -= 1
+            return Reply("?" if self.left else None, reward=float(len(text)))
+
+    class Game:
+        name, train, test, environment = "dice", task.train, task.test, Dice
+
+        def verify(self, problem, text):
+            return math.nan
+
+    folder = run(config(task=Game(), steps=1, max_new_tokens=8, eval_every=1))
+    made = Run(folder).rollouts(1)
+    paid = made.signals["environment"].values
+    assert torch.equal(made.signals["outcome"].values, paid)
+    assert not paid.isnan().any()
+    assert paid.max() > 1 > 0 > paid.min()
+    before, after = Run(folder).metrics("eval")
+    assert before["unmeasured"] == after["unmeasured"] == 0
+    assert len(set(before["correct"])) > 2
+
+
 # ---- waiting ----------------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +428,7 @@ def broken():
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (broken, r"rollout 1 \(problem raw\), asked to answer turn 2, 'dd', raised KeyError: 'sword'\. Repair it"),
+        (broken, r"rollout 1 \(problem raw\), asked to answer turn 2, 'dd', raised KeyError: 'sword' \(.*\)\. Re"),
         (
             hang,
             r"rollout 1 \(problem raw\), asked to answer turn 2, 'dd', took longer than 0\.3 s\. .* raise tool_seconds",

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -91,12 +91,12 @@ def _config(arguments: Arguments) -> Config:
         rewards=tuple(map(parse_reward, arguments.rewards)),
         judge=_judge(arguments),
         splitter=_splitter(arguments.splitter),
-        measures=_measures(arguments, credit.requires),
+        measures=_measures(arguments, {*credit.requires, f"spans.{arguments.ratio}"}),
         group_sizes=own("--group-sizes", arguments.group_sizes) if arguments.group_sizes else None,
     )
 
 
-def _measures(arguments: Arguments, requires: Sequence[str]) -> tuple[Any, ...]:
+def _measures(arguments: Arguments, requires: Collection[str]) -> tuple[Any, ...]:
     """The user's own, and where the method reads them: macro actions of five tokens, scores of steps from a judge's
     verdicts, and a process reward model that learns from the outcomes."""
     from apportion.signals import VerdictScore, fixed_ngrams

@@ -36,8 +36,9 @@ def serve() -> None:
         _write(replies, _encoded("raised", f"{type(error).__name__}: {error}"))
         return
     _write(replies, _encoded("ok", None))
-    while (arguments := _read(requests)) is not None:
-        signal.setitimer(signal.ITIMER_REAL, setup["seconds"] + 1.0)  # SIGALRM ends an orphan that hangs
+    while (request := _read(requests)) is not None:
+        arguments, seconds = request
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1.0)  # SIGALRM ends an orphan that hangs
         reply = _answer(function, arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write(replies, reply)

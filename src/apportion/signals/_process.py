@@ -40,7 +40,7 @@ class Worker:
     Args:
         target: `module:function`, or `/path/to/file.py:function` (which spares the imports of a package). Arguments
             must be picklable, the value must fit into JSON.
-        seconds: wall-clock limit of one call; starting is not counted.
+        seconds: wall-clock limit of one call; starting is not counted. May be changed between calls.
         memory: bytes of address space that calls may add to what the imports took.
         output: largest reply in bytes.
 
@@ -63,7 +63,8 @@ class Worker:
         """
         with self._lock:
             process = self._running()
-            reply = self._send(process, arguments, self.seconds)
+            seconds = self.seconds
+            reply = self._send(process, (arguments, seconds), seconds)
             if reply.status not in ("ok", "raised"):
                 self._stop()
             self.counts[reply.status] += 1
@@ -98,7 +99,7 @@ class Worker:
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         self._end = weakref.finalize(self, _kill, process)
-        setup = {"path": sys.path, "target": self.target, "memory": self.memory, "seconds": self.seconds}
+        setup = {"path": sys.path, "target": self.target, "memory": self.memory}
         reply = self._send(process, setup, START_SECONDS)
         if reply.status != "ok":
             self._stop()

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from types import SimpleNamespace
 from typing import Any
 
 from apportion.signals import Worker, marked_answer, numeric_answer, read_number, symbolic_answer
@@ -146,7 +145,7 @@ def unverified(problem: Problem, text: str) -> float:
 class _Own:
     """The user's `module:function(problem, text) -> reward`, in a process that is killed when it takes too long.
 
-    There the problem is a plain object with the fields of `Problem`, so that the process need not load this package.
+    There the problem is `Problem.plain()`, so that the process need not load this package.
     """
 
     def __init__(self, target: str, seconds: float) -> None:
@@ -154,9 +153,9 @@ class _Own:
         self._worker = Worker(target, seconds=seconds, memory=1 << 30)
 
     def __call__(self, problem: Problem, text: str) -> float:
-        target, plain = self._worker.target, SimpleNamespace(**vars(problem))
+        target = self._worker.target
         try:
-            reply = self._worker(plain, text)
+            reply = self._worker(problem.plain(), text)
         except RuntimeError as error:
             raise ValueError(f"{error} Is it on the Python path?") from None
         if reply.status != "ok":

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 from apportion.tasks._environment import Environment
@@ -34,6 +35,10 @@ class Problem:
     solution: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    def plain(self) -> SimpleNamespace:
+        """An object with the same fields that a process reads without this library."""
+        return SimpleNamespace(**{**vars(self), "data": dict(self.data)})
+
 
 @runtime_checkable
 class Task(Protocol):
@@ -64,7 +69,8 @@ class BasicTask:
     """A task made of two lists of problems and a function.
 
     Args:
-        verifier: `(problem, text) -> reward`; responses of nothing but white space get 0 without asking it.
+        verifier: `(problem, text) -> reward`; responses of nothing but white space get 0 without asking it, unless
+            there is an environment, which may have paid for them.
         splitter: finds the written steps of a response. judge: judges them. None = no default.
         environment: `problem -> Environment`, which answers the turns of a rollout; None = a response is one turn.
         answer_of: the answer that a response gives, by which responses vote (majority@k), None = it gives none. Left out,
@@ -96,7 +102,7 @@ class BasicTask:
 
     def verify(self, problem: Problem, text: str) -> float:
         """The reward of a response, 0 to 1; NaN = it could not be measured."""
-        return self.verifier(problem, text) if text.strip() else 0.0
+        return self.verifier(problem, text) if text.strip() or self.environment else 0.0
 
 
 def check_disjoint(name: str, train: Sequence[Problem], test: Sequence[Problem]) -> None:

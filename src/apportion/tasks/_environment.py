@@ -42,6 +42,11 @@ class Environment(Protocol):
     Rollouts wait for their answers at the same time, each in a thread, so what they share must bear that. For equal
     seeds to give equal runs, answers must depend on nothing but the problem and the turns so far.
 
+    The task's verifier has the last word about a rollout. Where it says nothing (NaN, as `unverified` does everywhere),
+    the outcome is what the turns earned in all; so a game that pays for its turns is
+    `BasicTask(name, train, test, unverified, environment=Game)`. A rollout that earned nothing known is not measured:
+    give `cut_reward`, or `truncated_reward`, for those that are cut in their first turn.
+
     What the policy wrote is hostile text. And a reply is read as it stands: a special token written in it counts as one,
     so do not pass on a stranger's text unseen.
 

@@ -5,25 +5,25 @@ A call that gives no value gives a `Failure`, which says why; nothing here raise
 
 import asyncio
 import inspect
+import os
 import re
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, reduce
 from importlib import import_module
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from types import SimpleNamespace
 from typing import Any
 
 from apportion import signals
+from apportion.tasks import Problem
 
 AT_ONCE = 64
 """Async calls that run at the same time; the limit of a call counts from its own beginning."""
 _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+)')
-_OURS = (__file__, str(Path(signals.__file__).with_name("_child.py")))
+_OURS = f"{Path(signals.__file__).parents[1]}{os.sep}"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class RemoteError(Exception):
 class NamedFunction:
     """A function named by text, which runs in a process of its own that is killed when it takes too long.
 
-    It runs in that process's main thread, so it may use signals; what it prints goes nowhere. A dataclass among its
-    arguments (a `Problem`) arrives as a plain namespace with the same fields, so that the process need not import us.
+    It runs in that process's main thread, so it may use signals; what it prints goes nowhere. A `Problem` among its
+    arguments arrives as `Problem.plain()`, so that the process need not import us.
 
     Args:
         target: `module:function`, found on the Python path of this process.
@@ -76,7 +76,7 @@ class NamedFunction:
         """What the function returns, or a `Failure`."""
         self.worker.seconds = seconds
         try:
-            reply = self.worker(*map(_plain, arguments))
+            reply = self.worker(*(x.plain() if isinstance(x, Problem) else x for x in arguments))
         except Exception as error:  # arguments that cannot be sent
             return _raised(error)
         if reply.status == "ok":
@@ -105,15 +105,16 @@ def ask(function: Any, arguments: Sequence[Sequence[Any]], seconds: float) -> It
 
     - An async function is called for all of them at once, `AT_ONCE` at a time, beginning now.
     - A `NamedFunction` is asked in its process, one call after another, as the answers are fetched.
-    - Any other is called likewise in a thread. A call that hangs leaves the thread behind, since a thread cannot be
-      killed; one that never lets other threads run, as a regular expression does, cannot even be noticed: name it as text.
+    - Any other is called likewise in a thread. A call that hangs leaves it behind; one that never lets other threads run,
+      as a regular expression does, cannot even be noticed: name it as text.
     """
     if is_async(function):
-        futures = [_running().begin(partial(function, *each), seconds) for each in arguments]
-        return (future.result() for future in futures)
+        loop = _running()
+        futures = [loop.begin(partial(function, *each), seconds) for each in arguments]
+        return (loop.result(future, seconds) for future in futures)
     if isinstance(function, NamedFunction):
         return (function.ask(each, seconds) for each in arguments)
-    return _in_thread(function, arguments, seconds)
+    return (_called(function, each, seconds) for each in arguments)
 
 
 def ask_here(function: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> Iterator[Any]:
@@ -128,35 +129,37 @@ def ask_here(function: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -
 # ---- a thread ---------------------------------------------------------------------------------------------------------
 
 
-def _in_thread(function: Callable[..., Any], arguments: Sequence[Sequence[Any]], seconds: float) -> Iterator[Any]:
-    tasks: SimpleQueue[Any] = SimpleQueue()
-    answers: SimpleQueue[Any] = SimpleQueue()
-    alive = False
+def begun(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+    """Begin a call in a thread of its own, which does not keep the interpreter alive, as that of an executor would.
+
+    So a call that hangs is left behind: a thread cannot be killed.
+    """
+    future: Future[Any] = Future()
+    Thread(target=_settle, args=(future, function, arguments), daemon=True, name="apportion-call").start()
+    return future
+
+
+def _settle(future: "Future[Any]", function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     try:
-        for each in arguments:
-            if not alive:
-                tasks, answers, alive = SimpleQueue(), SimpleQueue(), True
-                Thread(target=_serve, args=(function, tasks, answers), daemon=True, name="apportion-reward").start()
-            tasks.put(each)
-            try:
-                answer = answers.get(timeout=seconds)
-            except Empty:
-                tasks.put(None)
-                alive, answer = False, Failure(_late(seconds))
-            if inspect.isawaitable(answer):  # a plain function that returns one
-                answer = _running().begin(partial(_same, answer), seconds).result()
-            yield answer
-    finally:
-        tasks.put(None)
+        future.set_result(function(*arguments))
+    except BaseException as error:
+        future.set_exception(error)
 
 
-def _serve(function: Callable[..., Any], tasks: "SimpleQueue[Any]", answers: "SimpleQueue[Any]") -> None:
-    """Call the function for every task, until there is None."""
-    while (arguments := tasks.get()) is not None:
-        try:
-            answers.put(function(*arguments))
-        except BaseException as error:
-            answers.put(_raised(error))
+def answered(future: "Future[Any]", seconds: float) -> Any:
+    """What the call gave, or a `Failure` if it raised or takes longer."""
+    if not wait({future}, timeout=seconds).done:
+        return Failure(_late(seconds))
+    error = future.exception()
+    return future.result() if error is None else _raised(error)
+
+
+def _called(function: Callable[..., Any], arguments: Sequence[Any], seconds: float) -> Any:
+    answer = answered(begun(function, *arguments), seconds)
+    if not inspect.isawaitable(answer):
+        return answer
+    loop = _running()  # a plain function that returns what must be awaited
+    return loop.result(loop.begin(lambda: answer, seconds), seconds)
 
 
 # ---- an event loop ------------------------------------------------------------------------------------------------------
@@ -175,20 +178,29 @@ class _Loop:
         self.loop, self.gate, self.blocked = asyncio.new_event_loop(), asyncio.Semaphore(AT_ONCE), False
         Thread(target=_run, args=(self.loop,), daemon=True, name="apportion-async-rewards").start()
 
-    def begin(self, call: Callable[[], Awaitable[Any]], seconds: float) -> "_Begun":
+    def begin(self, call: Callable[[], Awaitable[Any]], seconds: float) -> "Future[Any]":
         """Start the call, or let it wait for its turn."""
-        return _Begun(self, asyncio.run_coroutine_threadsafe(self._within(call, seconds), self.loop), seconds)
+        return asyncio.run_coroutine_threadsafe(self._within(call, seconds), self.loop)
 
-    def answers(self, seconds: float) -> bool:
-        """Whether the loop does anything at all; one that does not for so long is given up."""
+    def result(self, future: "Future[Any]", seconds: float) -> Any:
+        """Wait for a value or a `Failure`, as long as the loop itself answers; one that does not is given up."""
+        while not wait({future}, timeout=0 if self.blocked else seconds).done:
+            if self.blocked or not self._answers(seconds):
+                self.blocked = True
+                return Failure(
+                    f"got no answer, because it or another async function kept the event loop busy for {seconds:g} s "
+                    "(time.sleep, or work without await; make such a function a plain one)"
+                )
+        return future.result()
+
+    def _answers(self, seconds: float) -> bool:
         pong = Event()
-        if not self.blocked:
-            self.loop.call_soon_threadsafe(pong.set)
-        if not self.blocked and not pong.wait(seconds):
-            self.blocked = True
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            _running.cache_clear()
-        return not self.blocked
+        self.loop.call_soon_threadsafe(pong.set)
+        if pong.wait(seconds):
+            return True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        _running.cache_clear()
+        return False
 
     async def _within(self, call: Callable[[], Awaitable[Any]], seconds: float) -> Any:
         """Its value, or a `Failure`. What is late is cancelled, but not waited for: it may refuse."""
@@ -199,25 +211,6 @@ class _Loop:
                 return task.result()
             task.cancel()
             return Failure(_late(seconds))
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A call in the loop."""
-
-    home: _Loop
-    future: "Future[Any]"
-    seconds: float
-
-    def result(self) -> Any:
-        """Wait for its value or its `Failure`, as long as the loop itself answers."""
-        while not wait({self.future}, timeout=0 if self.home.blocked else self.seconds).done:
-            if not self.home.answers(self.seconds):
-                return Failure(
-                    f"got no answer, because it or another async function kept the event loop busy for {self.seconds:g} s "
-                    "(time.sleep, or work without await; make such a function a plain one)"
-                )
-        return self.future.result()
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -237,10 +230,6 @@ async def _caught(call: Callable[[], Awaitable[Any]]) -> Any:
         return Failure("was cancelled")
     except BaseException as error:  # SystemExit too, which would end the loop
         return _raised(error)
-
-
-def _same(awaitable: Awaitable[Any]) -> Awaitable[Any]:
-    return awaitable
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------------
@@ -279,14 +268,6 @@ def _raised(error: BaseException) -> Failure:
 
 
 def _place(trace: str) -> str:
-    """The first line of the traceback that is not of this machinery."""
-    frames = [m for m in _FRAME.finditer(trace) if m["file"] not in _OURS]
+    """The first line of the traceback that is not of this library."""
+    frames = [m for m in _FRAME.finditer(trace) if not m["file"].startswith(_OURS)]
     return f" ({frames[0]['file']}:{frames[0]['line']})" if frames else ""
-
-
-def _plain(x: Any) -> Any:
-    """A dataclass as a namespace, with its mappings as dicts."""
-    if not is_dataclass(x) or isinstance(x, type):
-        return x
-    values = {f.name: getattr(x, f.name) for f in fields(x)}
-    return SimpleNamespace(**{k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()})

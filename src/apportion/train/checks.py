@@ -4,10 +4,12 @@ prompts that are too long, and memory that ran out."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from apportion.tasks import unverified
+from apportion.train.collecting import requests_of
 from apportion.train.config import Config, Options
 from apportion.train.policy import CausalPolicy, check_lengths
 from apportion.train.rewards import check_rewards
@@ -16,8 +18,9 @@ from apportion.train.schedule import check_schedule, draw
 LOWEST = {
     **dict.fromkeys(("group_size", "prompts_per_step", "max_new_tokens", "max_turns"), 1),
     **dict.fromkeys(("inner_epochs", "mini_batches", "eval_samples", "kl_horizon"), 1),
-    **dict.fromkeys(("threads", "micro_tokens", "sample_rows"), 1),
+    **dict.fromkeys(("threads", "micro_tokens", "sample_rows", "warmup_batch"), 1),
     **dict.fromkeys(("steps", "refill", "min_new_tokens", "top_k", "lr_ramp", "critic_warmup", "warmup"), 0),
+    **dict.fromkeys(("kl_coef", "value_coef"), 0),
     **dict.fromkeys(("lora_rank", "lora_alpha", "weight_decay", "eval_every", "eval_size", "eval_temperature"), 0),
     **dict.fromkeys(("patience", "save_every", "collapse_reward", "collapse_entropy", "collapse_length"), 0),
 }
@@ -44,15 +47,18 @@ def check(config: Config) -> None:
         ValueError: with the names of both options.
     """
     _check_ranges(config)
+    check_schedule(config.task.train, config.prompts_per_step)
     _check_sampling(config)
     _check_updates(config)
     _check_critic(config)
     _check_watch(config)
-    check_schedule(config.task.train, config.prompts_per_step)
     check_rewards(config)
 
 
 def _check_ranges(config: Config) -> None:
+    for name, hint in get_type_hints(Options).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}; got {getattr(config, name)!r}.")
     for name, low in LOWEST.items():
         if getattr(config, name) < low:
             raise ValueError(f"{name} must be at least {low}; got {getattr(config, name)}.")
@@ -69,18 +75,19 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_sampling(config: Config) -> None:
-    needs = getattr(config.estimator, "needs_group_of", 1)
-    if config.group_size < needs:
+    largest, needs = _largest_group(config), getattr(config.estimator, "needs_group_of", 1)
+    if largest < needs:
+        says = "group_size is" if config.group_sizes is None else "group_sizes gives at most"
         raise ValueError(
-            f"{config.credit!r} compares responses of a group and needs at least {needs} per prompt, but group_size is "
-            f"{config.group_size}. Raise group_size, or use a method without groups such as nsr."
+            f"{config.credit!r} compares responses of a group and needs at least {needs} per prompt, but {says} "
+            f"{largest}. Raise {says.split()[0]}, or use a method without groups such as nsr."
         )
     if config.min_new_tokens > config.max_new_tokens:
         raise ValueError(
             f"min_new_tokens is {config.min_new_tokens}, but max_new_tokens allows {config.max_new_tokens}. "
             "Lower the one or raise the other."
         )
-    if config.refill and config.group_size == 1:
+    if config.refill and largest == 1:
         raise ValueError(
             f"refill is {config.refill}, but with group_size 1 every group has equal rewards. Raise group_size, or leave refill out."
         )
@@ -88,12 +95,17 @@ def _check_sampling(config: Config) -> None:
         raise ValueError(
             "task_weight is 0 and no rewards are given, so nothing would be rewarded. Give rewards, or leave task_weight out."
         )
-
-    if config.task_weight and getattr(config.task, "verifier", None) is unverified:
+    silent = getattr(config.task, "verifier", None) is unverified and getattr(config.task, "environment", None) is None
+    if config.task_weight and silent:
         raise ValueError(
             f"task_weight is {config.task_weight:g}, but the task verifies nothing (verify=None). Give rewards and "
             "task_weight=0, or a verifier."
         )
+
+
+def _largest_group(config: Config) -> int:
+    problems = config.task.train[:1] if config.group_sizes is None else config.task.train
+    return max(request.count for request in requests_of(config, problems))
 
 
 def _check_updates(config: Config) -> None:
@@ -102,15 +114,14 @@ def _check_updates(config: Config) -> None:
             f"mini_batches is {config.mini_batches}, but a step has {config.prompts_per_step} groups (prompts_per_step), which "
             "are never split. Lower mini_batches, or raise prompts_per_step."
         )
-    if config.mini_batches > 1 and config.loss().scope == "batch":
-        raise ValueError(f"mini_batches is {config.mini_batches}, but {config.loss()!r} needs the whole step at once.")
     if config.kl_target is not None and not config.kl_coef:
         raise ValueError(
             f"kl_target is {config.kl_target:g}, but kl_coef is 0: there is nothing to steer. Give kl_coef a first value."
         )
     if config.kl_target is not None and not config.kl_target > 0:
         raise ValueError(f"kl_target must be above 0; got {config.kl_target:g}. Use None for a fixed kl_coef.")
-    steered, own = "signals.kl_coef" in config.credit.requires, "ref_logprobs" in config.credit.requires
+    reads = config.estimator.requires
+    steered, own = "signals.kl_coef" in reads, "ref_logprobs" in reads
     if steered != (config.kl_in == "credit"):
         does = "reads the weight of the KL penalty" if steered else "does not read the weight of the KL penalty"
         raise ValueError(
@@ -122,11 +133,15 @@ def _check_updates(config: Config) -> None:
             f"kl_in is 'reward', but {config.credit!r} takes the KL penalty off the reward by itself: it would count twice. "
             "Set one of the two to 0, or use kl_in='credit' with kl_coef='kl_coef' in the method."
         )
+    if config.kl_coef and config.kl_in == "reward" and reads and "signals.outcome" not in reads:
+        raise ValueError(
+            f"kl_in is 'reward', but {config.credit!r} does not read the outcome, so the KL penalty would do nothing. "
+            "Use kl_in='loss'."
+        )
 
 
 def _check_critic(config: Config) -> None:
-    reads = any(r == "values" for r in config.credit.requires)
-    if config.critic != "none" and not reads:
+    if config.critic != "none" and "values" not in config.estimator.requires:
         raise ValueError(
             f"critic is {config.critic!r}, but {config.credit!r} reads no values. Use gae, or leave critic out."
         )
@@ -160,6 +175,8 @@ def without_effect(config: Config) -> dict[str, str]:
     one_update = config.inner_epochs * config.mini_batches == 1
     environment = getattr(config.task, "environment", None) is not None
     no_eval = not config.evaluates
+    reads = getattr(config.credit, "requires", ())
+    unread = bool(reads) and "signals.outcome" not in reads
     idle = {
         "clip_low": (one_update and "one update per step keeps the ratio at 1")
         or (config.objective == "cispo" and "cispo has no lower bound"),
@@ -176,7 +193,8 @@ def without_effect(config: Config) -> dict[str, str]:
         "critic_lr": config.critic == "none" and "there is no critic",
         "critic_warmup": config.critic == "none" and "there is no critic",
         "value_coef": config.critic == "none" and "there is no critic",
-        "value_clip": config.critic == "none" and "there is no critic",
+        "value_clip": (config.critic == "none" and "there is no critic")
+        or (one_update and "one update per step begins at the old values, where no bound acts"),
         "lora_alpha": not config.lora_rank and "lora_rank is 0",
         "warmup_lr": not config.warmup and "warmup is 0",
         "warmup_batch": not config.warmup and "warmup is 0",
@@ -189,6 +207,8 @@ def without_effect(config: Config) -> dict[str, str]:
         "eval_greedy": (no_eval and "nothing is evaluated")
         or (config.eval_temperature == 0 and "eval_temperature is 0: every response is greedy"),
         "group_size": config.group_sizes is not None and "group_sizes decides",
+        "truncated_reward": unread and f"{config.credit!r} reads no outcome",
+        "task_weight": unread and bool(config.task_weight) and f"{config.credit!r} reads no outcome",
         "reward_seconds": not config.rewards and "no rewards are given; the task's verifier has its own limits",
     }
     changed = {f.name for f in fields(Options) if getattr(config, f.name) != f.default}
@@ -222,7 +242,8 @@ def within_memory(config: Config, *settings: str) -> Iterator[None]:
         if not _is_memory(error):
             raise
         present = ", ".join(f"{name} (now {getattr(config, name)})" for name in settings)
-        raise OutOfMemory(f"memory ran out: {str(error).splitlines()[0][:200]}. Lower {present}.") from error
+        cure = f"Lower {present}" if settings else "Take a smaller model"
+        raise OutOfMemory(f"memory ran out: {str(error).splitlines()[0][:200]}. {cure}.") from error
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -1,8 +1,9 @@
 """The rollouts of a step: prompts are drawn, responses sampled and rewarded, and groups that teach nothing replaced."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -83,6 +84,23 @@ def collect(config: Config, sample: Sample, step: int, start: int, bar: Any) -> 
     return Collected(replace(joined(kept), covers="batch"), drawn, tokens, refilled)
 
 
+def requests_of(config: Config, problems: Sequence[Problem]) -> list[Request]:
+    """Each problem with the number of responses it gets.
+
+    Raises:
+        ValueError: the user's `group_sizes` gives no whole number of at least 1; a group without rows is none.
+    """
+    if config.group_sizes is None:
+        return [Request(p, config.group_size) for p in problems]
+    requests = [Request(p, config.group_sizes(p)) for p in problems]
+    for r in requests:
+        if not isinstance(r.count, Integral) or r.count < 1:
+            raise ValueError(
+                f"group_sizes gives problem {r.problem.id} {r.count!r} responses. Give a whole number of at least 1."
+            )
+    return requests
+
+
 def flat_groups(rollouts: Rollouts) -> Bool[Tensor, " G"]:
     """Groups whose measured outcomes are all equal, [G]: their baseline leaves nothing to learn."""
     low, top = outcome_range(rollouts)
@@ -101,8 +119,7 @@ def outcome_range(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
 
 
 def _sampled(config: Config, sample: Sample, problems: list[Problem], step: int, turn: int, bar: Any) -> Rollouts:
-    size = config.group_sizes or (lambda _: config.group_size)
-    requests = [Request(p, size(p)) for p in problems]
+    requests = requests_of(config, problems)
     again = f", round {turn + 1}" if turn else ""
     with bar(f"step {step}: sampling{again}", sum(r.count for r in requests)) as advance:
         rollouts = sample(

@@ -1,5 +1,6 @@
 """Everything a run is told, in one flat dataclass. Every option says its default and why."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from apportion.credit import Estimator as LibraryEstimator
 from apportion.credit import chain, without_truncated
 from apportion.losses import (
     Aggregation,
@@ -269,11 +271,10 @@ class Config(Options):
     """Responses for a problem; None = `group_size` for each."""
 
     @property
-    def estimator(self) -> Estimator:
-        """The credit that is used: the method, and after it what other options do to credit."""
-        if not self.mask_truncated:
-            return self.credit
-        return chain(self.credit, without_truncated())  # type: ignore[arg-type]
+    def estimator(self) -> LibraryEstimator:
+        """The credit that is used: the method, or a class or function of one's own; after it what other options do to it."""
+        method = self.credit if isinstance(self.credit, LibraryEstimator) else _estimator(self.credit)
+        return chain(method, without_truncated()) if self.mask_truncated else method
 
     def loss(self, kl_coef: float | None = None) -> LossSum:
         """The terms of the loss that these options ask for; `kl_coef` is the present one, where it is steered."""
@@ -336,6 +337,15 @@ def _plain(value: Any) -> Any:
 
 
 def _expression(value: Any) -> str:
-    if " object at 0x" in repr(value):  # an address would differ in every process
-        return f"{type(value).__module__}:{type(value).__qualname__}"
-    return repr(value)
+    """The same text in every process; of functions, and of objects that print their address, what could be imported."""
+    if not hasattr(value, "__qualname__") and " object at 0x" in repr(value):
+        value = type(value)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # of what stands inside
+
+
+def _estimator(own: Any) -> LibraryEstimator:
+    name = _expression(own)
+    requires, needs = tuple(getattr(own, "requires", ())), getattr(own, "needs_group_of", 1)
+    return LibraryEstimator(name, name, name, own, requires, scope="batch", needs_group_of=needs, laws=())

@@ -14,6 +14,8 @@ from apportion.types import Rollouts, Signal, Spans
 def joined(parts: Sequence[Rollouts]) -> Rollouts:
     """The rows of all parts, one after the other; their groups and trajectories stay apart.
 
+    Where only some parts know the states of spans, those of the others match nothing.
+
     Raises:
         ValueError: a field, signal or span set that some parts have and others lack; a signal of unit "batch".
     """
@@ -63,6 +65,8 @@ def _spans(parts: Sequence[Spans], rows: Sequence[int]) -> Spans:
     columns: dict[str, Any] = {}
     for f in fields(parts[0]):
         values = [getattr(s, f.name) for s in parts]
+        if f.name == "state" and any(v is not None for v in values):  # unknown ones match nothing
+            values = [torch.arange(len(s), device=s.row.device) if s.state is None else s.state for s in parts]
         shift = {"row": _offsets(rows), "parent": _offsets([len(s) for s in parts])}.get(f.name, [0] * len(parts))
         present = [
             torch.where(v >= 0, v + o, v) if f.name == "parent" else v + o

@@ -10,7 +10,7 @@ import torch
 from apportion.losses import Loss, add_losses
 from apportion.train.learner import NotFinite, learn
 from apportion.train.policy import CausalPolicy
-from apportion.train.schedule import generator_for
+from apportion.train.schedule import LEARNING, generator_for
 from apportion.train.scoring import check_tokens, second_model
 from apportion.types import Credit, Rollouts
 
@@ -103,7 +103,7 @@ class SecondModel:
                 add_losses(loss),
                 epochs=self.epochs,
                 parts=self.parts,
-                generator=generator_for(self.seed, self.updates),
+                generator=generator_for(self.seed, self.updates, LEARNING),
                 micro_tokens=self.micro_tokens,
                 grad_clip=self.grad_clip,
             )

@@ -13,11 +13,14 @@ from apportion.types import Credit, Rollouts
 
 
 class NotFinite(ValueError):
-    """A loss, reward or gradient is NaN or infinite. `rows` are the rollouts that caused it, of `rollouts` if given."""
+    """A loss, reward or gradient is NaN or infinite. `rows` are the rollouts that caused it, of `rollouts` if given.
 
-    def __init__(self, what: str, rows: Sequence[int], rollouts: Rollouts | None = None):
+    `updates` says how many updates of the step had been made before.
+    """
+
+    def __init__(self, what: str, rows: Sequence[int], rollouts: Rollouts | None = None, updates: int = 0):
         super().__init__(what)
-        self.rows, self.rollouts = list(rows), rollouts
+        self.rows, self.rollouts, self.updates = list(rows), rollouts, updates
 
 
 def learn(
@@ -42,14 +45,11 @@ def learn(
     """
     every: list[dict[str, float]] = []
     for rows in mini_batches(rollouts, epochs, parts, generator):
-        whole = len(rows) == rollouts.batch and parts == 1
-        part = rollouts if whole else rollouts.select(rows, covers="group")
+        part, its = (rollouts.select(rows, covers="group"), credit.select(rows)) if parts > 1 else (rollouts, credit)
         try:
-            every.append(
-                update(policy, parameters, optimizer, part, credit if whole else credit.select(rows), loss, **settings)
-            )
+            every.append(update(policy, parameters, optimizer, part, its, loss, **settings))
         except NotFinite as error:
-            raise NotFinite(str(error), [int(rows[i]) for i in error.rows]) from error
+            raise NotFinite(str(error), [int(rows[i]) for i in error.rows], updates=len(every)) from error
     names = dict.fromkeys(name for metrics in every for name in metrics)
     return {name: sum(m.get(name, 0.0) for m in every) / len(every) for name in names}
 
@@ -57,12 +57,15 @@ def learn(
 def mini_batches(
     rollouts: Rollouts, epochs: int, parts: int, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
-    """The rows of each mini-batch: the groups of each epoch, shuffled if they are cut, in `parts` of nearly equal number."""
+    """The rows of each mini-batch: the groups of each epoch, shuffled if they are cut, in `parts` of nearly equal number.
+
+    Fewer groups than parts are one a part.
+    """
     for _ in range(epochs):
         order = torch.arange(rollouts.num_groups)
         if parts > 1:
             order = order[torch.randperm(rollouts.num_groups, generator=generator)]
-        for groups in order.tensor_split(parts):
+        for groups in order.tensor_split(min(parts, len(order))):
             yield torch.isin(rollouts.group_ids, groups.to(rollouts.device)).nonzero()[:, 0]
 
 

@@ -3,14 +3,12 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from apportion.losses import add_losses
 from apportion.record import Run, RunWriter, write_jsonl
 from apportion.train.card import write_card
-from apportion.train.checkpoint import load_checkpoint
 from apportion.train.checks import check, check_prompts, notes_of, within_memory
 from apportion.train.collecting import Collected, collect, flat_groups, sampler_of
 from apportion.train.config import Config, Measure
@@ -27,12 +25,22 @@ from apportion.train.state import State
 from apportion.train.warmup import demonstrations, warmup_rate, warmup_step
 from apportion.types import Credit, Rollouts
 
+FREE = {
+    *("out", "progress", "track", "save_every", "save_model"),
+    *("patience", "collapse_reward", "collapse_entropy", "collapse_length"),
+    *("tool_seconds", "reward_seconds"),
+    *("micro_tokens", "sample_rows", "activation_checkpointing", "threads"),
+}
+"""What a resumed run may change: what is kept and shown, when it stops, how long is waited, and what memory and time it
+takes, which moves its numbers by rounding."""
+
 
 def run(config: Config, *, resume: bool = False, command: str = "") -> Path:
     """Train, recording everything in `config.out`, and return that folder.
 
     The work of a step depends only on the state that a checkpoint holds, the seed and the number of the step, so a run that
     was killed and is resumed (`resume=True`, same options; `steps` may grow) gives the numbers of an uninterrupted one.
+    Beside them only the options in `FREE` may change.
 
     Raises:
         ValueError: what the options ask for does not fit together; said before the model is loaded where possible.
@@ -51,16 +59,16 @@ def run(config: Config, *, resume: bool = False, command: str = "") -> Path:
     writer = _open(config, resume, command)
     report = Report(writer, config)
     try:
-        _train(config, policy, report, measures, load_checkpoint(config.folder / "checkpoints") if resume else None)
+        _train(config, policy, report, measures, resume)
     finally:
         report.close()
     return config.folder
 
 
-def _train(
-    config: Config, policy: CausalPolicy, report: Report, measures: Sequence[Measure], saved: dict[str, Any] | None
-) -> None:
-    state = State(config, policy, measures, saved)
+def _train(config: Config, policy: CausalPolicy, report: Report, measures: Sequence[Measure], resume: bool) -> None:
+    state = State(config, policy, measures)
+    if resume:
+        state.load()
     for note in notes_of(config):
         report.say(note)
     while state.warmed < config.warmup:
@@ -75,7 +83,7 @@ def _train(
             _step(config, policy, report, measures, state)
         except NotFinite as error:
             raise _explained(error, config, state) from error
-        if config.eval_every and (state.step % config.eval_every == 0 or state.step == config.steps):
+        if config.eval_every and (state.step % config.eval_every == 0 or state.done):
             _evaluate(config, policy, report, state)
         if config.save_every and (state.step % config.save_every == 0 or state.done):
             state.save()
@@ -109,10 +117,10 @@ def _step(config: Config, policy: CausalPolicy, report: Report, measures: Sequen
 
 
 def _learn(config: Config, policy: CausalPolicy, rollouts: Rollouts, credit: Credit, state: State) -> dict[str, float]:
-    """What learns beside the policy, then the policy, then the weight of the KL penalty."""
+    """What learns beside the policy, then the policy (or its value head alone), then the weight of the KL penalty."""
     metrics = {name: x for measure in state.learned for name, x in measure.update(rollouts, credit).items()}
-    metrics["lr"] = state.set_rate()
-    if not (state.critic_alone and config.critic == "model"):
+    metrics["lr"], alone = state.set_rate(), state.critic_alone
+    if not alone or config.critic == "head":
         with state.parameters() as parameters:
             metrics |= learn(
                 policy,
@@ -120,7 +128,7 @@ def _learn(config: Config, policy: CausalPolicy, rollouts: Rollouts, credit: Cre
                 state.optimizer,
                 rollouts,
                 credit,
-                config.loss(state.kl_coef) if not state.critic_alone else add_losses(config.value_loss()),
+                add_losses(config.value_loss()) if alone else config.loss(state.kl_coef),
                 epochs=config.inner_epochs,
                 parts=config.mini_batches,
                 generator=generator_for(config.seed, state.step + 1, LEARNING),
@@ -130,10 +138,9 @@ def _learn(config: Config, policy: CausalPolicy, rollouts: Rollouts, credit: Cre
             )
     if rollouts.ref_logprobs is not None:
         metrics |= {"kl/measured": reference_kl(rollouts), "kl/coef": state.kl_coef}
-    if config.kl_target is not None:
-        target, count = config.kl_target, rollouts.num_trajectories
-        kl = metrics["kl/measured"]
-        state.kl_coef = steered(state.kl_coef, kl, target=target, horizon=config.kl_horizon, count=count)
+    if config.kl_target is not None and not alone:
+        kl, count = metrics["kl/measured"], rollouts.num_trajectories
+        state.kl_coef = steered(state.kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, count=count)
     return metrics
 
 
@@ -171,7 +178,7 @@ def _warm_up(config: Config, policy: CausalPolicy, report: Report, state: State)
 
 def load_policy(config: Config) -> CausalPolicy:
     """The model that the options name, as they want it trained."""
-    with within_memory(config, "model"):
+    with within_memory(config):
         return CausalPolicy.load(
             config.model,
             lora_rank=config.lora_rank,
@@ -222,9 +229,7 @@ def _open(config: Config, resume: bool, command: str) -> RunWriter:
             },
         )
     writer = RunWriter.resume(config.folder)
-    free = {"out", "progress", "track", "save_every", "patience", "keep_best"}
-    free |= {"collapse_reward", "collapse_entropy", "collapse_length"}
-    free |= {"steps"} if config.lr_schedule == "constant" else set()
+    free = FREE | ({"steps"} if config.lr_schedule == "constant" else set())
     recorded = Run(config.folder).info["config"]
     changed = [k for k, v in config.printable().items() if k not in free and recorded.get(k) != v]
     if changed:
@@ -270,9 +275,11 @@ def _explained(error: NotFinite, config: Config, state: State) -> NotFinite:
     path = config.folder / f"not-finite-step-{state.step + 1:06d}.jsonl"
     write_jsonl(path, rollouts.select(rows))
     ids = ", ".join(dict.fromkeys(rollouts.meta["prompt_id"][i] for i in error.rows[:3]))
+    last = f"update {error.updates} of this step" if error.updates else f"step {state.step}"
     return NotFinite(
         f"step {state.step + 1} stopped: {error}, caused by {len(error.rows)} of {rollouts.batch} rollouts "
-        f"(rows {error.rows[:5]}, problem {ids}). They are saved in {path}; the weights are those of step {state.step}.",
+        f"(rows {error.rows[:5]}, problem {ids}). They are saved in {path}; the weights are those of {last}.",
         error.rows,
         rollouts,
+        error.updates,
     )

@@ -49,17 +49,19 @@ def measures_of(config: Config) -> list[Measure]:
     Raises:
         ValueError: something is required that nothing here supplies, with the cure.
     """
-    chosen, needs = _chosen(config)
+    chosen, _ = _chosen(config)
     supplied = ALWAYS | FROM_POLICY | STATISTICS.keys() | {p for m in chosen for p in m.provides}
     supplied |= {"values"} if config.critic == "head" else set()
     supplied |= {"spans.step"} if splitter_of(config) is not None else set()
     supplied |= {f"signals.{name}" for name in signal_names(config)}
     supplied |= supplied_by(config.task)
-    missing = sorted(needs - supplied)
-    if missing:
-        raise ValueError(
-            f"{config.estimator!r} needs {', '.join(missing)}, which nothing in this run supplies. {_cure(missing[0])}"
-        )
+    asking = {repr(config.estimator): config.estimator.requires, f"ratio={config.ratio!r}": config.loss().requires}
+    for who, requires in {**asking, **{repr(m): m.requires for m in chosen}}.items():
+        missing = sorted(r for r in requires if r not in supplied and not r.startswith("credit."))
+        if missing:
+            raise ValueError(
+                f"{who} needs {', '.join(missing)}, which nothing in this run supplies. {_cure(missing[0])}"
+            )
     return chosen
 
 
@@ -163,6 +165,10 @@ def _cure(missing: str) -> str:
     cures = {
         "values": "Train with a critic (--critic head, or --critic model).",
         "spans.step": "Give a splitter, such as lines() (--splitter lines).",
+        "spans.turn": "Use a task that answers turns, such as calculator.",
+        "signals.turn_reward": "Use a task that answers turns, such as calculator.",
+        "spans.turn.state": "Use a task whose environment tells its state from the start.",
+        "spans.macro": 'Give measures=(SpansFrom("macro", fixed_ngrams(5)),).',
         "signals.judge": "Give a judge (--judge tool, or the address of an OpenAI-compatible server).",
         "signals.log_ratio": "Give measures=(OnlinePRM(),), or ModelLogRatio(MODEL).",
         "signals.decoded": "Give a measure of the factors and a decoder, measures=(FACTORS, LinearDecoder()).",

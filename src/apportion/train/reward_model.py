@@ -22,6 +22,7 @@ class RewardModel:
 
     A tokenizer with a chat template gets the prompt's messages (a plain prompt is the user's message) and the response as
     the assistant's; one with a separator token gets prompt and response as a pair; any other gets one after the other.
+    Of several turns it reads what the policy wrote, without the answers.
     Scores are the model's logits, unbounded: put a scale into the weight.
 
     Cost: one forward pass over prompt and response; the model is kept beside the policy and not trained.
@@ -82,6 +83,7 @@ class RewardModel:
                 f"{self!r} has no {', '.join(sorted(info['missing_keys']))[:200]} among its weights, so its scores would be "
                 "random. Give a reward model: saved as ...ForSequenceClassification after it was trained."
             )
+        model.config.get_text_config().use_cache = False  # nothing is generated
         return model.eval().to("cuda" if on_gpu else "cpu"), AutoTokenizer.from_pretrained(folder)
 
 

@@ -43,6 +43,8 @@ _LARGEST = torch.finfo(torch.float32).max
 class Reward:
     """A reward of whole responses: a function, its weight in the outcome, and the name of its signal.
 
+    The text is what the policy wrote; of several turns, one after the other with a line break between, without the answers.
+
     What a function returns for a response is its reward; None = it does not apply there and adds nothing; NaN = it could not
     be measured. The rewards of a batch are a list of those, in which an exception stands for a response that failed.
 
@@ -88,10 +90,13 @@ def failed(what: str, rows: Sequence[int], problem: str, text: str) -> RewardFai
 def rewarded(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", *, may_miss: bool) -> Rollouts:
     """The outcome of every response, as the signal "outcome", and each reward that makes it as a signal of its own.
 
-    `outcome = task_weight * verifier + sum_k weight_k * reward_k` over the rewards that apply to the response. One that
-    the limit cut gets `truncated_reward` instead, if that is set; its rewards are still measured, under their names.
-    Without `rewards` the verifier is the only one and has no signal of its own, and is not asked about such responses.
-    Where an environment paid for turns, what it paid in all stands for the verifier's word.
+    `outcome = task_weight * verifier + sum_k weight_k * reward_k` over the rewards that apply to the response. Where the
+    verifier says nothing (NaN), what the environment paid in all stands for its word. The two are never added: a game
+    whose turns are all the reward has the verifier `tasks.unverified`.
+
+    A response that the limit cut gets `truncated_reward` instead, if that is set; its rewards are still measured, under
+    their names, and may be NaN. Without `rewards` the verifier is the only one and has no signal of its own, and is not
+    asked about such responses.
 
     Plain rewards are asked one after another, with the async ones going on beside them.
 
@@ -102,12 +107,13 @@ def rewarded(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", 
             row a list of "name: reason". False: it stops.
 
     Raises:
-        RewardFailed: a reward is infinite, or not measured unless it `may_miss`.
+        RewardFailed: a reward is infinite; without `may_miss` also one that raised or hung, or is NaN where the outcome
+            needs it.
     """
     assert rollouts.truncated is not None
     assert rollouts.batch == rollouts.num_trajectories
-    batch = _Batch(problems, rollouts.meta["text"], may_miss)
     fixed = rollouts.truncated & (config.truncated_reward is not None)
+    batch = _Batch(problems, rollouts.meta["text"], fixed.tolist(), may_miss)
     answers = {r.name: _asked(r, rollouts, problems, config.reward_seconds) for r in config.rewards}  # async ones begin
     columns: dict[str, list[float | None]] = {}
     if config.task_weight:
@@ -116,7 +122,7 @@ def rewarded(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", 
     for reward in sorted(config.rewards, key=lambda r: is_async(_method(r.function))):
         columns[reward.name] = batch.column(reward.name, answers[reward.name], range(rollouts.batch))
     weights = {VERIFIER: config.task_weight, **{r.name: r.weight for r in config.rewards}}
-    outcome = torch.tensor(batch.outcome(columns, weights, fixed.tolist()), device=rollouts.device)
+    outcome = torch.tensor(batch.outcome(columns, weights), device=rollouts.device)
     if config.truncated_reward is not None:
         outcome = torch.where(fixed, config.truncated_reward, outcome)
     parts = {name: _tensor(columns[name], rollouts.device) for name in signal_names(config)}
@@ -126,14 +132,13 @@ def rewarded(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", 
 
 
 def _verified(rollouts: Rollouts, problems: Sequence[Problem], config: "Config", rows: Sequence[int]) -> Iterator[Any]:
-    """What the environment paid for these rows in all, or else what the task's verifier says."""
+    """What the task's verifier says of these rows; where it says nothing, what the environment paid in all."""
     texts = rollouts.meta["text"]
+    answers = ask_here(config.task.verify, [(problems[row], texts[row]) for row in rows])
     if "environment" not in rollouts.signals:
-        return ask_here(config.task.verify, [(problems[row], texts[row]) for row in rows])
+        return answers
     paid = rollouts.signals["environment"].values.tolist()
-    unpaid = [row for row in rows if math.isnan(paid[row])]
-    answers = ask_here(config.task.verify, [(problems[row], texts[row]) for row in unpaid])
-    return (next(answers) if math.isnan(paid[row]) else paid[row] for row in rows)
+    return (paid[row] if _is_nan(_number(answer)) else answer for row, answer in zip(rows, answers, strict=True))
 
 
 def signal_names(config: "Config") -> list[str]:
@@ -202,6 +207,10 @@ def _spread(answers: Iterator[Any], count: int) -> Iterator[Any]:
     yield from found
 
 
+def _is_nan(number: float | Failure | None) -> bool:
+    return isinstance(number, float) and math.isnan(number)
+
+
 def _number(answer: Any) -> float | Failure | None:
     if answer is None or isinstance(answer, Failure):
         return answer
@@ -215,10 +224,11 @@ def _number(answer: Any) -> float | Failure | None:
 
 @dataclass
 class _Batch:
-    """The responses, and why some rewards of some of them could not be measured."""
+    """The responses, those whose outcome is `fixed`, and why some rewards of the others could not be measured."""
 
     problems: Sequence[Problem]
     texts: Sequence[str]
+    fixed: Sequence[bool]
     may_miss: bool
 
     def __post_init__(self) -> None:
@@ -235,19 +245,17 @@ class _Batch:
                 number = math.nan
             elif number is not None and abs(number) > _LARGEST:
                 raise self._failed(f"{name}: is {number:g}", [row])
-            elif number is not None and math.isnan(number):
+            elif _is_nan(number) and not self.fixed[row]:
                 silent.append(row)
             out[row] = number
         if silent:
             self._miss(f"{name}: is nan, not measured", silent)
         return out
 
-    def outcome(
-        self, columns: dict[str, list[float | None]], weights: dict[str, float], fixed: Sequence[bool]
-    ) -> list[float]:
+    def outcome(self, columns: dict[str, list[float | None]], weights: dict[str, float]) -> list[float]:
         """The weighted sums; NaN where a reward with a weight was not measured, or none applies."""
         out = []
-        for row, is_fixed in enumerate(fixed):
+        for row, is_fixed in enumerate(self.fixed):
             applying = [(weights[k], values[row]) for k, values in columns.items() if weights[k]]
             terms = [w * x for w, x in applying if x is not None]
             if not terms and not is_fixed:

@@ -54,7 +54,12 @@ class Row:
 
     def texts(self, tokenizer: Any) -> list[str]:
         """What the policy wrote, turn by turn, without special tokens."""
-        return [tokenizer.decode(self.tokens[a:b], skip_special_tokens=True) for a, b in self.turns]
+        return [text_of(tokenizer, self.tokens[a:b]) for a, b in self.turns]
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
+    """The text of these tokens as it was written: nothing is tidied up, as some tokenizers do with spaces."""
+    return str(tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
 
 def rollouts_of(rows: Sequence[Row], tokenizer: Any) -> Rollouts:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from apportion.train.checkpoint import save_checkpoint
+from apportion.train.checkpoint import load_checkpoint, save_checkpoint
 from apportion.train.config import Config, Learned, Measure
 from apportion.train.measuring import required
 from apportion.train.policy import CausalPolicy
@@ -18,7 +18,7 @@ from apportion.types import Rollouts
 class State:
     """Counters, optimizer, the steered KL weight, measures that learn, and the watch over collapse and progress."""
 
-    def __init__(self, config: Config, policy: CausalPolicy, measures: Sequence[Measure], saved: dict[str, Any] | None):
+    def __init__(self, config: Config, policy: CausalPolicy, measures: Sequence[Measure]):
         self.config, self.policy = config, policy
         self.learned = [m for m in measures if isinstance(m, Learned)]
         self.step = self.warmed = self.drawn = self.tokens = 0
@@ -26,8 +26,6 @@ class State:
         self.watch = Watch(config)
         self.rollouts: Rollouts | None = None
         self.optimizer = self.new_optimizer()
-        if saved is not None:
-            self._load(saved)
 
     @property
     def done(self) -> bool:
@@ -35,16 +33,28 @@ class State:
         return self.step >= self.config.steps or self.watch.reason is not None
 
     @property
+    def _checkpoints(self) -> Path:
+        return self.config.folder / "checkpoints"
+
+    @property
     def critic_alone(self) -> bool:
         """The step that comes belongs to the critic's warm-up."""
-        return self.config.critic != "none" and self.step < self.config.critic_warmup
+        return self.step < self._policy_begins
+
+    @property
+    def _policy_begins(self) -> int:
+        """Steps before the first that trains the policy."""
+        return 0 if self.config.critic == "none" else self.config.critic_warmup
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """AdamW; the value head has its own learning rate."""
         named = self.policy.trainable()
         head = [p for name, p in named.items() if name.startswith("value_head.")]
         body = [p for name, p in named.items() if not name.startswith("value_head.")]
-        groups = [{"params": body, "peak": self.config.lr}, {"params": head, "peak": self.config.rate_of_critic}]
+        groups = [
+            {"params": body, "peak": self.config.lr, "after": self._policy_begins},
+            {"params": head, "peak": self.config.rate_of_critic, "after": 0},
+        ]
         return torch.optim.AdamW(
             [g for g in groups if g["params"]],
             lr=self.config.lr,
@@ -54,12 +64,16 @@ class State:
         )
 
     def set_rate(self) -> float:
-        """The learning rates of the step that comes, as the schedule says; returns that of the policy."""
+        """The learning rates of the step that comes, as the schedule says; returns that of the policy.
+
+        Each ramp begins with the first step that trains what it is for.
+        """
         c = self.config
-        share = rate(self.step + 1, c.steps, ramp=c.lr_ramp, schedule=c.lr_schedule, final=c.lr_final)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        return c.lr * share
+            done, total = self.step - group["after"], c.steps - group["after"]
+            share = rate(done + 1, total, ramp=c.lr_ramp, schedule=c.lr_schedule, final=c.lr_final)
+            group["lr"] = group["peak"] * max(share, 0.0)
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @contextmanager
     def parameters(self) -> Iterator[list[torch.nn.Parameter]]:
@@ -88,9 +102,13 @@ class State:
             "learned": [measure.state_dict() for measure in self.learned],
             "watch": self.watch.state_dict(),
         }
-        save_checkpoint(self.config.folder / "checkpoints", self.warmed + self.step, state)
+        save_checkpoint(self._checkpoints, self.warmed + self.step, state)
 
-    def _load(self, saved: dict[str, Any]) -> None:
+    def load(self) -> None:
+        """Go on from the newest checkpoint, or from the beginning if there is none."""
+        saved = load_checkpoint(self._checkpoints)
+        if saved is None:
+            return
         for name in ("step", "warmed", "drawn", "tokens", "kl_coef"):
             setattr(self, name, saved[name])
         with torch.no_grad():

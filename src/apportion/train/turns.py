@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 
 from apportion.signals import anchor_states
 from apportion.tasks import Environment, Problem, Reply, Task
+from apportion.train.asking import Failure, answered, begun
 from apportion.train.policy import CausalPolicy, Request, check_lengths
-from apportion.train.rows import Row, rollouts_of
+from apportion.train.rows import Row, rollouts_of, text_of
 from apportion.train.sampler import Sampled, Sampling, uniform_numbers
 from apportion.types import Rollouts, Signal, Spans
 
@@ -43,7 +43,8 @@ def converse(
     context, when a reply left no room for another turn, or after `max_turns`. A turn that was cut is not answered. All
     rollouts write their turns together; each is answered in a thread of its own, while others still write.
 
-    A row's random numbers depend on `generator` and its place alone, and the first turn is that of `policy.sample`.
+    A row's random numbers depend on `generator`, its place and the number of rows, not on when others end, and the first
+    turn is that of `policy.sample`.
 
     Adds to what `policy.sample` gives: the spans "turn", with `state` where the environment tells it; the signal
     "turn_reward" over them; the signal "environment", a trajectory's measured turn rewards added up, NaN if there is none;
@@ -69,9 +70,7 @@ def converse(
         drawn = replace(sampling, stop=tuple(stop))
 
         def write(live: Sequence[_Rollout]) -> Iterator[list[Sampled]]:
-            uniform = uniform_numbers(
-                len(rows), sampling, generator
-            )  # for all, so that no row depends on another's end
+            uniform = uniform_numbers(len(rows), sampling, generator)  # for all: no row depends on another's end
             begun = [list(same) for _, same in groupby(live, key=lambda x: (x.row.group, x.row.tokens))]
             room = [min(sampling.max_new_tokens, policy.context - len(same[0].row.tokens)) for same in begun]
             return policy.continued(
@@ -171,7 +170,7 @@ def _play(
         calls = []
         for x, sampled in zip(live, (s for group in write(live) for s in group), strict=True):
             x.row.wrote(sampled)
-            text = policy.tokenizer.decode(sampled.tokens, skip_special_tokens=True)
+            text = text_of(policy.tokenizer, sampled.tokens)
             calls.append((text, None if sampled.truncated else _Call(_answer, x.environment, text)))
         last = turn + 1 == max_turns
         going = [x for x, call in zip(live, calls, strict=True) if _goes_on(policy, x, *call, seconds, last)]
@@ -209,7 +208,7 @@ def _with_turns(rollouts: Sequence[_Rollout], policy: CausalPolicy) -> Rollouts:
         turns = replace(turns, state=anchor_states(states, batch.group_ids[turns.row]))
     known = [[r for r in x.rewards if not math.isnan(r)] for x in rollouts]
     paid = torch.tensor([sum(rewards) if rewards else math.nan for rewards in known])
-    transcripts = [policy.tokenizer.decode(row.tokens[row.turns[0][0] :]) for row in rows]
+    transcripts = [text_of(policy.tokenizer, row.tokens[row.turns[0][0] :], special=True) for row in rows]
     return (
         replace(batch, meta={**batch.meta, "transcript": transcripts})
         .with_spans(turn=turns)
@@ -259,7 +258,7 @@ def _opened(
             rollouts.append(_Rollout(number, row, made, [made.state]))
         yield rollouts
     finally:
-        closing = [_Call(call.value.close) for call in making if call.value is not None]
+        closing = [_Call(call.future.result().close) for call in making if call.made]
     for x, call in zip(rollouts, closing, strict=True):
         call.result(seconds, f"closing {x.name}")
 
@@ -280,26 +279,21 @@ def _answer(environment: Environment, text: str) -> tuple[Reply, Hashable]:
 
 
 class _Call:
-    """A call in a thread of its own, which begins now. A thread that hangs is left behind: it cannot be killed."""
+    """A call in a thread of its own, which begins now."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self.begun, self.done = monotonic(), Event()
-        self.value: Any = None
-        self.error: BaseException | None = None
-        Thread(target=self._run, args=(function, arguments), daemon=True, name="apportion-environment").start()
+        self.start, self.future = monotonic(), begun(function, *arguments)
 
-    def _run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
-        try:
-            self.value = function(*arguments)
-        except BaseException as error:
-            self.error = error
-        self.done.set()
+    @property
+    def made(self) -> bool:
+        """Whether there is a value."""
+        return self.future.done() and self.future.exception() is None
 
     def result(self, seconds: float, what: str) -> Any:
         """The value, waited for until so many seconds after the beginning."""
-        if not self.done.wait(max(0.0, self.begun + seconds - monotonic())):
+        answer = answered(self.future, max(0.0, self.start + seconds - monotonic()))
+        if not isinstance(answer, Failure):
+            return answer
+        if answer.cause is None:
             raise EnvironmentFailed(f"{what} took longer than {seconds:g} s. Repair it, or raise tool_seconds.")
-        if self.error is not None:
-            error = f"{type(self.error).__name__}: {str(self.error)[:500]}"
-            raise EnvironmentFailed(f"{what} raised {error}. Repair it, or let it answer such turns.") from self.error
-        return self.value
+        raise EnvironmentFailed(f"{what} {answer.reason}. Repair it, or let it answer such turns.") from answer.cause

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from apportion import Credit, chain, gae, grpo
-from apportion.credit import gdpo, nsr, without_truncated
+from apportion.credit import gdpo, group_relative, nsr, oprl, whiten, without_truncated
 from apportion.record import Run
 from apportion.signals import fixed_ngrams
 from apportion.tasks import Environment, Reply, from_data
-from apportion.train import CausalPolicy, SpansFrom, run
+from apportion.train import CausalPolicy, OnlinePRM, SpansFrom, run
 from apportion.train.config import Options
 from apportion.train.kl import reference_kl, steered
 from apportion.train.rewards import Reward
@@ -391,6 +391,28 @@ def test_a_kl_penalty_in_the_reward_is_taken_off_the_outcome(trained):
     torch.testing.assert_close(rollouts.signals["outcome"].values, want, rtol=1e-5, atol=1e-5)
     assert "kl/reference" not in last(run)
     assert last(run)["reward"] == pytest.approx(float(rollouts.signals["score"].values.mean()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_in": "reward", "credit": group_relative.trl()},
+        {"kl_in": "credit", "credit": chain(gae(kl_coef="kl_coef"), whiten()), "critic": "head"},
+        {"credit": chain(gae(kl_coef=0.5), whiten()), "critic": "head", "kl_coef": 0.0},
+        {"credit": oprl(), "measures": (OnlinePRM(), SpansFrom("turn", fixed_ngrams(4))), "kl_coef": 0.0},
+    ],
+    ids=["reward", "credit", "gae", "oprl"],
+)
+def test_where_nothing_was_learnt_a_bfloat16_sampler_makes_no_distance(trained, task, options):
+    """The policy is the reference and all rewards are 0. Divided by its spread, the sampler's rounding would be an update."""
+    settings = {
+        "task": Flat(task, 0.0),
+        "truncated_reward": None,
+        "precision": "bfloat16",
+        "kl_coef": 0.05,
+        "value_coef": 0.0,
+    }
+    assert last(trained(**{**settings, **options}))["grad_norm"] < 1e-6
 
 
 @shows("kl_target", "kl_horizon")

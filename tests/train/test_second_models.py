@@ -388,8 +388,8 @@ def test_it_measures_what_the_model_log_ratio_measures(other_model, task, tiny_m
         prm = attached(OnlinePRM(model=other_model, against=against), policy)
         want = attached(ModelLogRatio(other_model, against=against), policy).measure(rollouts)["log_ratio"].values
         torch.testing.assert_close(prm.measure(rollouts)["log_ratio"].values, want, equal_nan=True)
-        assert prm.requires == ("tokens", against)
-    assert OnlinePRM(mean_over="turn").requires == ("tokens", "logprobs", "spans.turn")
+        assert set(prm.requires) == {"tokens", against} | ({"old_logprobs"} if against == "logprobs" else set())
+    assert OnlinePRM(mean_over="turn").requires == ("tokens", "logprobs", "old_logprobs", "spans.turn")
 
 
 def test_a_copy_of_the_acting_policy_ranks_nothing_and_its_loss_is_ln_2(policy, task):

@@ -50,9 +50,10 @@ def call_with(shape: Callable[..., Any], argv: Sequence[str], name: str, run: Ca
 
 
 def _unboxed(text: str, name: str) -> str:
-    """The message that was drawn in a box, without its repetition of the help text."""
-    lines = [line.strip("╭╮╰╯│─ ") for line in text.splitlines()]
-    message = " ".join(line for line in lines[1:] if line.strip("-"))  # a rule is dashes where there is no Unicode
+    """The message that was drawn in a box, without its repetition of the help text, which is indented by nine."""
+    lines = [line.strip("╭╮╰╯│─") for line in text.splitlines()]
+    said = [line.strip("─ ") for line in lines[1:] if not line.startswith(" " * 9)]
+    message = " ".join(line for line in said if line.strip("-"))  # a rule is dashes where there is no Unicode
     for repetition in ("Got errors:", "Argument helptext", "For full helptext"):
         message = message.partition(repetition)[0]
     return f"{message.replace('{None}|', '').strip().rstrip('.')}. See: apportion {name} --help"

@@ -188,8 +188,7 @@ def own(option: str, text: str) -> Any:
 
 def imported(module_name: str, attribute: str, option: str = "--credit") -> Any:
     """What `module:attribute` names; modules of the working directory are found."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _look_here()
     try:
         found: Any = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -201,6 +200,19 @@ def imported(module_name: str, attribute: str, option: str = "--credit") -> Any:
             raise UserError(f"{option}: {module_name} has no {attribute!r}. {nearest(name, _public(found))}")
         found = getattr(found, name)
     return found
+
+
+def parse_task(text: str) -> Any:
+    """The task that a text names; modules of the working directory are found, as in `keep='my_module:my_function'`."""
+    from apportion.tasks import resolve_task
+
+    _look_here()
+    return resolve_task(text)
+
+
+def _look_here() -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def _public(module: Any) -> list[str]:

@@ -196,15 +196,15 @@ def _formed(talk: _Talk, run: Run | None, task: str | None, form: str) -> _Talk:
 
 
 def _form_of_task(text: str, policy: "CausalPolicy") -> "Form | None":
-    from apportion.tasks import resolve_task
+    from apportion.cli._compose import parse_task
     from apportion.train.prompting import form_of
 
-    problems = resolve_task(text).train[:8]
+    problems = parse_task(text).train[:8]
     return form_of((policy.tokenizer.decode(policy.prompt_ids(p)), p.question) for p in problems)
 
 
 def _check(talk: _Talk) -> None:
-    if talk.temperature < 0:
+    if not talk.temperature >= 0:
         raise UserError(f"--temperature must be at least 0; got {talk.temperature:g}. 0 is greedy.")
     if not 0 < talk.top_p <= 1:
         raise UserError(f"--top-p is a probability above 0 and at most 1; got {talk.top_p:g}.")

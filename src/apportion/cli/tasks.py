@@ -33,9 +33,9 @@ def tasks(
 def _one(text: str, json: bool) -> int:
     from rich.text import Text
 
-    from apportion.tasks import resolve_task
+    from apportion.cli._compose import parse_task
 
-    task = resolve_task(text)
+    task = parse_task(text)
     told: dict[str, Any] = {"name": task.name, "train": len(task.train), "test": len(task.test)}
     told["notes"] = list(getattr(task, "notes", ()))
     if task.train:

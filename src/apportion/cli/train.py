@@ -13,10 +13,14 @@ from apportion.cli._rewards import parse_reward
 from apportion.train.config import Config, Options
 from apportion.train.models import user_cache
 
+_COLOUR = r"(?:\x1b\[[\d;]*m)*"
+_BORDERS = ("╭", "│", "+", "|")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Options):
     """Train a language model with a credit method, and record everything.
+
+    --model, --task and --out are needed, or --resume; everything else has a default.
 
     Examples:
       apportion train --model smollm2-135m-instruct --task arithmetic --warmup 30 --credit capo --out runs/capo
@@ -27,6 +31,7 @@ class Arguments(Options):
       apportion train --resume runs/capo --steps 100
     """
 
+    # ---- task, credit and rewards ----
     task: str
     """A name, a call with literals, or your own module:function; see `apportion tasks`."""
     credit: str = "grpo"
@@ -39,6 +44,8 @@ class Arguments(Options):
     """Your own measures of other signals: module:object, or module:function that makes one."""
     group_sizes: str = ""
     """Your own module:function from a problem to its number of responses; empty = group_size for each."""
+
+    # ---- steps and judges ----
     splitter: str = "auto"
     """What cuts responses into steps: auto (the task's own), lines, sentences or blank_lines."""
     judge: str = "auto"
@@ -53,16 +60,44 @@ class Arguments(Options):
     """Most calls of the judge in the whole run; 0 = no limit."""
     judge_seconds: float = 0.0
     """Most seconds of judging in a step; 0 = no limit."""
+
+    # ---- the call ----
+    resume: str = ""
+    """Folder of a run to go on with, with the options it was started with; those given now win."""
     json: bool = False
     """Print where the run lies, and its last numbers, as JSON."""
 
 
 def main(argv: list[str]) -> int:
     """Parse and run; `--resume RUN` takes the options that RUN was started with, later ones win."""
+    if {"-h", "--help"} & set(argv):
+        return _help()
+    argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--resume=") else [text])]
     resumed = "--resume" in argv
     if resumed:
         argv = _recorded(argv)
     return call_with(Arguments, argv, "train", lambda arguments: _train(arguments, argv, resumed))
+
+
+def _help() -> int:
+    """The help, with the headings under which the options stand in the source."""
+    page = _Page()
+    with redirect_stdout(page):
+        code = call_with(Arguments, ["--help"], "train", lambda _: 0)
+    text, source = page.getvalue(), inspect.getsource(Options) + inspect.getsource(Arguments)
+    width = max(len(line) for line in re.sub(_COLOUR, "", text).splitlines() if line.startswith(_BORDERS)) - 4
+    for heading, field in re.findall(r"# -+ (.+?) -+\n +(\w+):", source):
+        first = rf"(?m)^(\S+) (?={_COLOUR}--(no-)?{field.replace('_', '-')}(?![\w-]))"
+        text = re.sub(first, rf"\1 {f'---- {heading} '.ljust(width, '-')} \1\n\g<0>", text, count=1)
+    print(text, end="")
+    return code
+
+
+class _Page(io.StringIO):
+    """Keeps what is printed, in the colours that the terminal would get."""
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
 
 
 def _train(arguments: Arguments, argv: list[str], resume: bool) -> int:
@@ -80,13 +115,11 @@ def _train(arguments: Arguments, argv: list[str], resume: bool) -> int:
 
 
 def _config(arguments: Arguments) -> Config:
-    from apportion.tasks import resolve_task
-
     credit = parse_credit(arguments.credit)
     options: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in fields(Options)}
     return Config(
         **options,
-        task=resolve_task(arguments.task),
+        task=parse_task(arguments.task),
         credit=credit,
         rewards=tuple(map(parse_reward, arguments.rewards)),
         judge=_judge(arguments),
@@ -111,12 +144,21 @@ def _measures(arguments: Arguments, requires: Collection[str]) -> tuple[Any, ...
     if arguments.step_reward:
         own("--step-reward", arguments.step_reward)
         measures.append(StepReward(arguments.step_reward))  # as text: it runs in a process that can be killed
-    return (*measures, *(_made(own("--measures", text)) for text in arguments.measures))
+    return (*measures, *map(_measure, arguments.measures))
 
 
-def _made(found: Any) -> Any:
+def _measure(text: str) -> Any:
     """The measure itself, or what a function without arguments makes."""
-    return found if hasattr(found, "measure") and not isinstance(found, type) else found()
+    found = own("--measures", text)
+    if isinstance(found, type) or (callable(found) and not hasattr(found, "measure")):
+        try:
+            inspect.signature(found).bind()
+        except TypeError as error:
+            raise UserError(f"--measures {text} is neither a measure nor a function without arguments: {error}.") from None
+        found = found()
+    if not hasattr(found, "measure") or not hasattr(found, "provides"):
+        raise UserError(f"--measures {text} is a {type(found).__name__}. A measure has provides, requires and measure.")
+    return found
 
 
 def _splitter(name: str) -> Any:

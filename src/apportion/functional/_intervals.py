@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_RESAMPLES = 10_000
+_RESAMPLES, _BLOCK = 10_000, 500
 _Z = 1.959963984540054
 """The standard normal's 97.5 % point."""
 
@@ -34,8 +34,7 @@ def mean_intervals(values: Float[Tensor, "P M"]) -> Float[Tensor, "M 2"]:
     out = _wilson(x.mean(0), len(x))
     graded = ((x != 0) & (x != 1)).any(0)
     if bool(graded.any()):
-        means = _resampled(len(x)).to(x.device) @ x[:, graded]
-        out[graded] = means.quantile(x.new_tensor([0.025, 0.975]), dim=0).T
+        out[graded] = _resampled_means(x[:, graded]).quantile(x.new_tensor([0.025, 0.975]), dim=0).T
     return out
 
 
@@ -45,7 +44,8 @@ def _wilson(p: Tensor, count: int) -> Tensor:
     return (torch.stack([middle - half, middle + half], 1) / (1 + _Z**2 / count)).clamp(0, 1)
 
 
-def _resampled(count: int) -> Tensor:
-    """How often each problem is drawn in `count` draws, over `count`: [resamples, problems]."""
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    return torch.from_numpy(drawn / count)
+def _resampled_means(x: Tensor) -> Tensor:
+    """The means of resamples of the rows, [resamples, M]; drawn in blocks, since all draws of many rows are large."""
+    rng, rows = np.random.default_rng(0), len(x)
+    blocks = (rng.multinomial(rows, np.full(rows, 1 / rows), size=_BLOCK) for _ in range(_RESAMPLES // _BLOCK))
+    return torch.cat([torch.from_numpy(drawn / rows).to(x.device) @ x for drawn in blocks])

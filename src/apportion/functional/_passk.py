@@ -79,16 +79,16 @@ def _first_places(start: Tensor, sizes: Tensor, worth: Tensor, choose: Tensor, c
     """Draws in which no answer has more than c votes, by how many have c, and the summed worth of those: [P, 2, t, k]."""
     k = start.shape[3] - 1
     table = torch.cat([start, start.new_zeros(len(start), 2, k // c, k + 1)], 2)
-    take = torch.arange(k + 1, device=start.device)
-    take = take - take[:, None]  # [before, after]: votes that an answer adds
-    fewer = (take >= 0) & (take < c)
     for size, value in zip(sizes.T, worth.T, strict=True):
-        add = torch.where(fewer, choose[size][:, take.clamp(min=0)], 0.0)
-        below = (table.flatten(1, 2) @ add).view_as(table)
-        at = choose[size, c][:, None, None, None] * table[:, :, :-1, : k + 1 - c]
-        at = torch.stack([at[:, 0], at[:, 1] + value[:, None, None] * at[:, 0]], 1)
-        below[:, :, 1:, c:] += at
-        table = below
+        most = int(size.amax())
+        grown = table.clone()  # the answer is given 0 times; then 1, 2, ... but fewer than c times; then c times
+        for votes in range(1, min(c - 1, most) + 1):
+            grown[..., votes:] += choose[size, votes][:, None, None, None] * table[..., :-votes]
+        if c <= most:
+            at = choose[size, c][:, None, None, None] * table[:, :, :-1, : k + 1 - c]
+            grown[:, 0, 1:, c:] += at[:, 0]
+            grown[:, 1, 1:, c:] += at[:, 1] + value[:, None, None] * at[:, 0]
+        table = grown
     return table
 
 

@@ -166,7 +166,7 @@ class Options:
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
     """Of the penalty in the loss; k3 is never negative and pulls towards the reference."""
     kl_weighed: bool = False
-    """Multiply the penalty in the loss by the policy's ratio, which TRL does by default."""
+    """Multiply the penalty in the loss by the ratio of each token, which TRL does by default."""
     kl_target: float | None = None
     """Nats per token that kl_coef is steered to, up or down by at most a fifth of a step's share; None = fixed."""
     kl_horizon: int = 10000

@@ -59,9 +59,7 @@ def measures_of(config: Config) -> list[Measure]:
     for who, requires in {**asking, **{repr(m): m.requires for m in chosen}}.items():
         missing = sorted(r for r in requires if r not in supplied and not r.startswith("credit."))
         if missing:
-            raise ValueError(
-                f"{who} needs {', '.join(missing)}, which nothing in this run supplies. {_cure(missing[0])}"
-            )
+            raise ValueError(f"{who} needs {', '.join(missing)}, which nothing in this run supplies. {_cures(missing)}")
     return chosen
 
 
@@ -73,8 +71,12 @@ def required(config: Config) -> set[str]:
 def _needs(config: Config) -> set[str]:
     """What the credit method, the loss and the other options read; the credit's own output is not an input."""
     needs = {r for r in (*config.estimator.requires, *config.loss().requires) if not r.startswith("credit.")}
-    needs |= {"old_logprobs"} if config.inner_epochs * config.mini_batches > 1 else set()
     needs |= {"ref_logprobs"} if config.kl_coef else set()
+    # A distance from the reference is taken between two passes of one kind: a bfloat16 sampler would add its rounding, which
+    # a method that divides by the spread of its group blows up to full size.
+    apart = config.kl_coef and (config.kl_in != "loss" or config.kl_target is not None)
+    if apart or "ref_logprobs" in config.estimator.requires or config.inner_epochs * config.mini_batches > 1:
+        needs |= {"old_logprobs"}
     return needs | {"signals.entropy"}  # logged in every run: the first thing to look at when one collapses
 
 
@@ -161,7 +163,7 @@ def _with(rollouts: Rollouts, found: Mapping[str, Signal | Spans | Tensor]) -> R
     return rollouts.with_spans(**spans).with_signals(**signals)
 
 
-def _cure(missing: str) -> str:
+def _cures(missing: Sequence[str]) -> str:
     cures = {
         "values": "Train with a critic (--critic head, or --critic model).",
         "spans.step": "Give a splitter, such as lines() (--splitter lines).",
@@ -175,4 +177,5 @@ def _cure(missing: str) -> str:
         "signals.contrast": "Give measures=(PromptContrast(MODEL),).",
         "signals.goal_cosine": "Give measures=(GoalCosine(STATE),).",
     }
-    return cures.get(missing, f"Give a measure that provides {missing}, or choose another method.")
+    found = dict.fromkeys(cures.get(m, f"Give a measure that provides {m}, or choose another method.") for m in missing)
+    return " ".join(found)

@@ -11,7 +11,7 @@ from torch import Tensor
 from apportion.functional import segment_count
 from apportion.losses import Outputs, Totals, implicit_prm_loss
 from apportion.train.learned import SecondModel
-from apportion.train.scoring import check_against, log_ratio
+from apportion.train.scoring import check_against, compared, log_ratio
 from apportion.types import Cover, Credit, Rollouts, Signal
 
 
@@ -30,12 +30,12 @@ class OnlinePRM(SecondModel):
     Cost: a second trained model: its pass over the rollouts, and its update. The loss compares whole responses, yet any
         number of rows fits into memory: it depends on a row through one sum, which scoring has measured, so its slope in
         that sum is known before the update, and row by row `slope * ln pi_phi` has the gradient of the whole.
-    Degenerate: phi = acting policy, as at the first step of a copy, gives 0 (in bfloat16 its rounding) and the loss ln 2;
+    Degenerate: phi = acting policy, as at the first step of a copy, gives 0 and the loss ln 2;
         without a pair the update is skipped.
 
     Args:
         beta: nats to reward in the loss; `oprl(beta=)` is its counterpart in the credit.
-        against: "logprobs", those of the sampling, or "ref_logprobs", those of the kept reference.
+        against: "logprobs", those of the policy that acted (`old_logprobs` first), or "ref_logprobs", those of the kept reference.
         outcome: the signal that says which response was better.
         success: given, outcomes above it are equally good and all others equally bad.
         margin: a pair needs a difference above this; for noisy judges.
@@ -67,7 +67,7 @@ class OnlinePRM(SecondModel):
     def requires(self) -> tuple[str, ...]:
         """The tokens, what their log-probabilities are compared with, and the spans of `mean_over`."""
         spans = () if self.mean_over is None else (f"spans.{self.mean_over}",)
-        return ("tokens", self.against, *spans)
+        return ("tokens", *compared(self.against), *spans)
 
     def measure(self, rollouts: Rollouts) -> dict[str, Signal]:
         """`{"log_ratio": [B, T]}`, NaN where there is no action."""

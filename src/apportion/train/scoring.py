@@ -34,13 +34,13 @@ class ModelLogRatio:
         reference: `against="ref_logprobs"`, the model at the first policy update).
     Reads: tokens, and `against`. Scope: row. Unit: token.
     Cost: one forward pass of the scoring model, which is kept beside the policy and not trained here.
-    Degenerate: the acting policy as its own scorer gives 0, in bfloat16 nearly: there the sampler's log-probabilities and
-        those of a scoring pass differ by rounding, which is noise of the ratio.
+    Degenerate: the acting policy as its own scorer gives 0. Rollouts that hold no `old_logprobs` are compared with what the
+        sampler recorded, which in bfloat16 differs by rounding from any other pass.
 
     Args:
         model: a folder, a hub name, a packaged model, a model of transformers with the policy's vocabulary, or a policy.
-        against: "logprobs", those of the sampling; "ref_logprobs", those of the kept reference. Both at the policy's
-            temperature, which the scoring model therefore gets too.
+        against: "logprobs", those of the policy that acted (`old_logprobs` first); "ref_logprobs", those of the kept
+            reference. Both at the policy's temperature, which the scoring model therefore gets too.
         micro_tokens: tokens in one forward pass.
 
     Raises:
@@ -64,7 +64,7 @@ class ModelLogRatio:
     @property
     def requires(self) -> tuple[str, ...]:
         """The tokens and what their log-probabilities are compared with."""
-        return ("tokens", self.against)
+        return ("tokens", *compared(self.against))
 
     def attach(self, policy: CausalPolicy) -> None:
         """Load the scoring model and give it the policy's temperature and precision."""
@@ -257,9 +257,15 @@ def check_against(against: str) -> None:
         raise ValueError(f"against must be 'logprobs' or 'ref_logprobs'; got {against!r}.")
 
 
+def compared(against: str) -> tuple[str, ...]:
+    """What a run should supply for it: of the acting policy also a pass of the same kind as the scorer's."""
+    return ("logprobs", "old_logprobs") if against == "logprobs" else (against,)
+
+
 def log_ratio(scorer: CausalPolicy, rollouts: Rollouts, against: str, micro_tokens: int) -> Signal:
     """ln p of the scorer minus the field `against`, without gradient, NaN where there is no action."""
-    ratio = _logprobs(scorer, rollouts, micro_tokens) - getattr(rollouts, against)
+    before = rollouts.old_logprobs if against == "logprobs" else None
+    ratio = _logprobs(scorer, rollouts, micro_tokens) - (getattr(rollouts, against) if before is None else before)
     return Signal(torch.where(rollouts.action_mask, ratio, torch.nan), "token")
 
 

@@ -13,9 +13,15 @@ CLASSES = (("src/apportion/train/config.py", "Options"), ("src/apportion/cli/tra
 def rows(path: str, name: str) -> list[str]:
     """One line of the table per field: its flag, its default, the text under it."""
     tree = ast.parse((ROOT / path).read_text())
+    lines = (ROOT / path).read_text().splitlines()
     body = next(x.body for x in tree.body if isinstance(x, ast.ClassDef) and x.name == name)
-    fields = [(x, y) for x, y in pairwise(body) if isinstance(x, ast.AnnAssign)]
-    return [f"| `{flag(x)}` | {default(x)} | {ast.literal_eval(y.value)} |" for x, y in fields]
+    out = []
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            heading = re.fullmatch(r"\s*# -+ (.+?) -+", lines[field.lineno - 2])
+            out += [f"| **{heading[1]}** | | |"] if heading else []
+            out.append(f"| `{flag(field)}` | {default(field)} | {ast.literal_eval(text.value)} |")
+    return out
 
 
 def flag(field: ast.AnnAssign) -> str:

@@ -97,11 +97,15 @@ def test_one_question_to_a_run_is_asked_as_in_training(trained):
 
 def test_questions_from_a_pipe_give_a_line_of_json_each(trained):
     done = subprocess.run(
-        [*CHAT, str(trained), "--json"], input=b"3+4=?\n\n5+1=?\n", capture_output=True, env=ENVIRONMENT, check=True
+        [*CHAT, str(trained), "--json"],
+        input=b"3+4=?\n\n\xff\n5+1=?\n",
+        capture_output=True,
+        env=ENVIRONMENT,
+        check=True,
     )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [a["prompt"] for a in answers] == ["3+4=?\n", "5+1=?\n"]
-    assert done.stderr == b""
+    assert done.stderr == b"apportion: this question is not UTF-8. Write another.\n"
 
 
 def test_on_a_terminal_answers_are_escaped_and_ctrl_d_ends(hostile):

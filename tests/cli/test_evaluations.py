@@ -37,8 +37,9 @@ def test_before_and_after_of_whatever_every_evaluation_measured(tmp_path):
     assert before_after(group, 100)["also"] == {"pass@4": (0.5, 1.0), "majority@4": (0.25, 0.75), "greedy": (0.25, 0.5)}
 
 
-def test_runs_that_differ_in_when_they_would_stop_are_one_group(tmp_path):
-    paths = [make(tmp_path / f"{i}", config={"patience": i, "collapse_reward": 0.1 * i}) for i in (0, 1)]
+def test_runs_that_differ_in_when_they_would_stop_or_what_memory_they_take_are_one_group(tmp_path):
+    options = ("patience", "collapse_reward", "micro_tokens", "tool_seconds")
+    paths = [make(tmp_path / f"{i}", config=dict.fromkeys(options, i)) for i in (0, 1)]
     assert len(group_runs(paths)) == 1
 
 

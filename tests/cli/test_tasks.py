@@ -28,3 +28,12 @@ def test_a_task_of_text_prompts(apportion):
     assert "solution:\n" in shown
     assert json.loads(apportion("tasks", "arithmetic(terms=3, train=0, test=1)", "--json").out)["train"] == 0
     assert "Did you mean 'arithmetic'" in apportion("tasks", "arithmatic").err
+
+
+def test_what_stands_in_the_data_cannot_steer_the_terminal(apportion, tmp_path):
+    rows = [{"prompt": f"\x1b[2J{n}?\nSay it.", "answer": n} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shown = apportion("tasks", f"from_data('{tmp_path}/rows.jsonl')").out
+    assert "\x1b" not in shown
+    assert r"[user] \x1b[2J0?" in shown
+    assert "\nSay it." in shown

@@ -1,6 +1,7 @@
 """`apportion train` as a user types it: a tiny model trains, resumes, replays; mistakes get one line."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -51,12 +52,21 @@ def test_a_run_resumes_with_the_options_it_was_started_with_and_may_grow(train, 
     grown = [m["reward"] for m in Run("run").metrics("train")]
     assert train("--out", "whole").code == 0
     assert grown == [m["reward"] for m in Run("whole").metrics("train")]
-    assert apportion("train", "--resume", "run").code == 0  # finished: nothing left to do
+    assert apportion("train", "--resume=run").code == 0  # finished: nothing left to do
 
 
 def test_pure_takes_its_step_scores_from_the_judge(train):
     assert train("--credit", "pure(horizon=8)").code == 0
     assert "process" in Run("run").rollouts(1).signals
+
+
+def test_an_own_task_is_found_in_the_working_directory(train, apportion, tmp_path, monkeypatch):
+    (tmp_path / "my_arithmetic.py").write_text(
+        "from apportion.tasks import arithmetic\ndef task(): return arithmetic(terms=2, train=16, test=4)\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert train(task="my_arithmetic:task").code == 0
+    assert "16 problems to train on" in apportion("tasks", "my_arithmetic:task").out
 
 
 def test_an_own_task_and_an_own_method(train, tmp_path, monkeypatch):
@@ -87,14 +97,23 @@ def test_an_own_task_and_an_own_method(train, tmp_path, monkeypatch):
         (["--judge", "tol"], "--judge 'tol' is unknown. Did you mean 'tool'?"),
         (["--judge", "http://127.0.0.1:9/v1"], "needs --judge-model"),
         (["--max-new-tokens", "500"], "Shorten the prompt or lower max_new_tokens."),
-        (["--grup-size", "3"], "Unrecognized options: --grup-size"),
+        (["--grup-size", "3"], "Unrecognized options: --grup-size, 3 Perhaps you meant: --group-size INT"),
+        (["--kl-coef", "nan"], "kl_coef must be at least 0; got nan."),
+        (["--stop", ""], "stop must hold texts, none of them empty"),
+        (["--track", "wandb"], "track 'wandb' needs the package wandb. Run: pip install wandb"),
+        (["--measures", "os:getcwd"], "--measures os:getcwd is a str. A measure has provides, requires and measure."),
+        (["--measures", "os.path:join"], "is called as os.path:join(), but: missing a required argument"),
+        (["--group-sizes", "os:getcwd"], "--group-sizes os:getcwd is called as os:getcwd(problem), but: too many"),
+        (["--rewards", "os:nothing"], "--rewards: os has no 'nothing'."),
+        (["--objective", "clp"], "Expected one of ('clip', 'cispo')"),
         (["--steps", "many"], "steps"),
         (["--out", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )
-def test_a_mistake_gets_one_line_and_no_traceback(train, options, line):
+def test_a_mistake_gets_one_line_no_traceback_and_no_folder(train, tmp_path, options, line):
     told = train(*options)
     assert told.code == 2
+    assert not (tmp_path / "run").exists()
     assert line in told.err
     assert len(told.err.splitlines()) == 1
     assert "Traceback" not in told.err
@@ -112,6 +131,19 @@ def test_a_judge_that_cannot_be_reached_is_found_at_the_start(train, tmp_path):
     assert told.code == 2
     assert "LLMJudge needs a chat model 'm' at http://127.0.0.1:9/v1" in told.err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_named_without_the_whole_help(apportion):
+    assert apportion("train").err == (
+        "apportion: Missing from apportion train: --model STR --out STR --task STR. See: apportion train --help\n"
+    )
+
+
+def test_the_help_has_the_headings_of_the_source(apportion):
+    page = apportion("train", "--help").out
+    for heading, first in (("how much", "--steps"), ("what is kept", "--save-every"), ("the call", "--resume")):
+        assert re.search(rf"\n\n {heading}\n -+\n  {first} ", page)
+    assert "# -" not in page
 
 
 def test_resume_needs_a_run(apportion, tmp_path):

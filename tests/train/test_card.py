@@ -68,11 +68,15 @@ def test_a_run_writes_a_card_with_its_own_numbers(config, digits):
 
 
 def test_the_example_on_the_card_runs(config, digits, capsys, monkeypatch):
-    folder = run(config(task=digits, save_model=True, steps=1, max_new_tokens=5))
+    folder = run(
+        config(task=digits, save_model=True, steps=1, max_new_tokens=5, min_new_tokens=2, top_p=0.5, stop=("zz",))
+    )
     text = (folder / "model" / "README.md").read_text()
     monkeypatch.chdir(folder / "model")
     code = text.partition("```python\n")[2].partition("\n```")[0]
     assert "=?\\n'" in code  # a prompt of the task
+    sampled = "max_new_tokens=5, do_sample=True, temperature=1.0, top_k=0, top_p=0.5, min_new_tokens=2"
+    assert f"generate(**ids, {sampled}, stop_strings=['zz'], tokenizer=tokenizer)" in code
     exec(code, {})
     assert capsys.readouterr().out
 
@@ -112,6 +116,9 @@ def test_a_run_without_evaluations_or_steps_has_a_card(tmp_path):
     text = model_card(made(tmp_path / "run", "/gone", []), tmp_path / "run" / "model")
     assert "The run was not evaluated." in text
     assert "no policy update" in text
+    lines = [evaluation(0, [1.0, 0.0]), evaluation(2, [1.0, 0.0])]  # an interval of no width would promise too much
+    text = model_card(made(tmp_path / "flat", "/gone", lines), tmp_path / "flat" / "model")
+    assert "From step 0 to step 2 the accuracy of no problem changed." in text
 
 
 @pytest.mark.parametrize(
@@ -181,7 +188,7 @@ def test_hostile_text_breaks_neither_header_nor_page(tmp_path):
         if line.startswith("| "):  # every row has as many cells as its head
             assert line.replace(r"\|", "").count("|") in (3, 4)
     for line in lines:
-        if "<script>" in line and not line.startswith("prompt = "):
+        if "<script>" in line and not line.startswith(("prompt = ", "out = ")):
             assert outside_code(line.replace(r"\|", "")).count("<") == 0
 
 

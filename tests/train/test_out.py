@@ -15,7 +15,7 @@ from apportion.tasks import Problem
 from apportion.train import CausalPolicy, run
 from apportion.train.policy import Request
 from apportion.train.sampler import Sampling
-from conftest import TEMPLATE
+from conftest import TEMPLATE, build_tiny_model
 
 CHAT = Problem(id="chat", question="2+2", prompt=[{"role": "user", "content": "2+2"}], answer="4")
 RAW = Problem(id="raw", question="2+2=?", prompt="2+2=?\n", answer="4")
@@ -128,6 +128,14 @@ def test_an_adapter_that_cannot_be_trained_on_is_refused(tiny_model, tmp_path, s
     rewrite(tmp_path / "adapter", **settings)
     with pytest.raises(ValueError, match=message):
         loaded(str(tmp_path / "adapter"), **options)
+
+
+def test_an_adapter_on_a_base_of_another_shape_is_refused(tiny_model, tmp_path):
+    other = str(build_tiny_model(tmp_path / "other", hidden=16))
+    loaded(tiny_model, lora_rank=2).save_adapter(str(tmp_path / "adapter"))
+    rewrite(tmp_path / "adapter", base_model_name_or_path=other)
+    with pytest.raises(ValueError, match=r"adapter .* does not fit .*other, which its base_model_name_or_path names"):
+        loaded(str(tmp_path / "adapter"))
 
 
 def test_without_an_adapter_there_is_none_to_save(policy, tmp_path):

@@ -15,8 +15,13 @@ SLACK = 0.05
 """How far a run's last evaluation may lie beyond the common budget: responses of equal steps differ a little in length."""
 _GRID = 200
 _ALSO = ("greedy", "length", "truncated", "entropy")
-_NOT_THE_METHOD = ("seed", "steps", "out", "progress", "track", "save_every", "save_model", "threads")
-_WHEN_IT_STOPS = ("patience", "keep_best", "collapse_reward", "collapse_entropy", "collapse_length")
+_NOT_THE_METHOD = {
+    *("seed", "steps", "out", "progress", "track", "save_every", "save_model", "keep_best"),
+    *("patience", "collapse_reward", "collapse_entropy", "collapse_length"),
+    *("tool_seconds", "reward_seconds"),
+    *("threads", "micro_tokens", "sample_rows", "activation_checkpointing"),
+}
+"""Options in which runs of one group may differ: they change when it ends, what is kept, and numbers by rounding."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def group_runs(paths: list[Path]) -> list[Group]:
 
 def _config(run: Run) -> dict[str, Any]:
     config = run.info.get("config") or {}
-    return {k: v for k, v in config.items() if k not in (*_NOT_THE_METHOD, *_WHEN_IT_STOPS)}
+    return {k: v for k, v in config.items() if k not in _NOT_THE_METHOD}
 
 
 def _labels(firsts: list[Run]) -> list[str]:

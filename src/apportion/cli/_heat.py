@@ -185,6 +185,11 @@ def visible(text: str) -> str:
     return "".join(c if unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" else _escaped(c) for c in text)
 
 
+def visible_lines(text: str) -> str:
+    """The same, but for line breaks and tabs, which the terminal may obey."""
+    return "".join(c if c in "\n\t" else visible(c) for c in text)
+
+
 def _escaped(c: str) -> str:
     return c.encode("unicode_escape").decode()
 

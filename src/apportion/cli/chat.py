@@ -12,7 +12,7 @@ import tyro
 
 from apportion.cli._app import OptionalNumber, OptionalText, call
 from apportion.cli._errors import UserError
-from apportion.cli._heat import visible
+from apportion.cli._heat import visible_lines
 from apportion.record import Run
 
 if TYPE_CHECKING:
@@ -241,6 +241,8 @@ def _questions() -> Iterator[str]:
 def _asked(talk: _Talk, question: str, history: list[dict[str, str]]) -> tuple[str, list[int], list[dict[str, str]]]:
     """What the model reads, as text and as tokens, and the conversation; its oldest words go when the context is full."""
     tokenizer, messages = talk.policy.tokenizer, [*history, {"role": "user", "content": question}]
+    if question.encode(errors="ignore").decode() != question:
+        raise UserError("this question is not UTF-8. Write another.")
     while True:
         if talk.form == "chat":
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -301,5 +303,5 @@ def _stream(tokenizer: Any, show: Callable[[str], None]) -> Any:
 
 
 def _show(text: str) -> None:
-    """A piece of the answer; only line breaks and tabs are obeyed by the terminal."""
-    print("".join(c if c in "\n\t" else visible(c) for c in text), end="", flush=True)
+    """A piece of the answer, made harmless."""
+    print(visible_lines(text), end="", flush=True)

@@ -34,6 +34,7 @@ def _one(text: str, json: bool) -> int:
     from rich.text import Text
 
     from apportion.cli._compose import parse_task
+    from apportion.cli._heat import visible_lines
 
     task = parse_task(text)
     told: dict[str, Any] = {"name": task.name, "train": len(task.train), "test": len(task.test)}
@@ -48,7 +49,7 @@ def _one(text: str, json: bool) -> int:
     first = told.get("first", {})
     shown += [f"\n{key}:\n{_readable(value)}" for key, value in first.items() if value and key != "question"]
     for part in shown:
-        console().print(Text(part), soft_wrap=True)
+        console().print(Text(visible_lines(part)), soft_wrap=True)
     return 0
 
 

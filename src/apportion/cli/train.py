@@ -1,20 +1,23 @@
 """`apportion train`"""
 
+import inspect
+import io
+import os
+import re
 import shlex
 import sys
 from collections.abc import Collection
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from typing import Any
 
 from apportion.cli._app import call_with, print_json
-from apportion.cli._compose import own, parse_credit
+from apportion.cli._compose import own, parse_credit, parse_task
 from apportion.cli._errors import UserError, nearest
 from apportion.cli._rewards import parse_reward
 from apportion.train.config import Config, Options
 from apportion.train.models import user_cache
 
-_COLOUR = r"(?:\x1b\[[\d;]*m)*"
-_BORDERS = ("╭", "│", "+", "|")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Options):
@@ -85,10 +88,10 @@ def _help() -> int:
     with redirect_stdout(page):
         code = call_with(Arguments, ["--help"], "train", lambda _: 0)
     text, source = page.getvalue(), inspect.getsource(Options) + inspect.getsource(Arguments)
-    width = max(len(line) for line in re.sub(_COLOUR, "", text).splitlines() if line.startswith(_BORDERS)) - 4
+    rule = max(re.findall("-+", text), key=len)
     for heading, field in re.findall(r"# -+ (.+?) -+\n +(\w+):", source):
-        first = rf"(?m)^(\S+) (?={_COLOUR}--(no-)?{field.replace('_', '-')}(?![\w-]))"
-        text = re.sub(first, rf"\1 {f'---- {heading} '.ljust(width, '-')} \1\n\g<0>", text, count=1)
+        first = rf"(?m)^(?=(?:\x1b\[[\d;]*m| )*--(no-)?{field.replace('_', '-')}(?![\w-]))"
+        text = re.sub(first, f"\n {heading}\n {rule}\n", text, count=1)
     print(text, end="")
     return code
 
@@ -104,6 +107,8 @@ def _train(arguments: Arguments, argv: list[str], resume: bool) -> int:
     from apportion.record import Run
     from apportion.train import run
 
+    if not arguments.progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', while it loads and saves models
     config = _config(arguments)
     folder = run(config, resume=resume, command=shlex.join(["apportion", "train", *argv]))
     last = Run(folder).metrics("eval")[-1:]
@@ -125,8 +130,12 @@ def _config(arguments: Arguments) -> Config:
         judge=_judge(arguments),
         splitter=_splitter(arguments.splitter),
         measures=_measures(arguments, {*credit.requires, f"spans.{arguments.ratio}"}),
-        group_sizes=own("--group-sizes", arguments.group_sizes) if arguments.group_sizes else None,
+        group_sizes=_group_sizes(arguments.group_sizes),
     )
+
+
+def _group_sizes(text: str) -> Any:
+    return _takes("--group-sizes", text, own("--group-sizes", text), "problem") if text else None
 
 
 def _measures(arguments: Arguments, requires: Collection[str]) -> tuple[Any, ...]:
@@ -150,15 +159,24 @@ def _measures(arguments: Arguments, requires: Collection[str]) -> tuple[Any, ...
 def _measure(text: str) -> Any:
     """The measure itself, or what a function without arguments makes."""
     found = own("--measures", text)
-    if isinstance(found, type) or (callable(found) and not hasattr(found, "measure")):
-        try:
-            inspect.signature(found).bind()
-        except TypeError as error:
-            raise UserError(f"--measures {text} is neither a measure nor a function without arguments: {error}.") from None
-        found = found()
-    if not hasattr(found, "measure") or not hasattr(found, "provides"):
+    if callable(found) and (isinstance(found, type) or not hasattr(found, "measure")):
+        found = _takes("--measures", text, found)()
+    if not hasattr(found, "measure"):
         raise UserError(f"--measures {text} is a {type(found).__name__}. A measure has provides, requires and measure.")
     return found
+
+
+def _takes(option: str, text: str, function: Any, *names: str) -> Any:
+    """The function, which can be called with arguments of these names.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        inspect.signature(function).bind(*names)
+    except TypeError as error:
+        raise UserError(f"{option} {text} is called as {text}({', '.join(names)}), but: {error}.") from None
+    return function
 
 
 def _splitter(name: str) -> Any:

@@ -1,4 +1,8 @@
-"""Near-duplicates of test prompts among the training prompts: found by MinHash, confirmed on the shingles themselves."""
+"""Near-duplicates of test prompts among the training prompts: found by MinHash, confirmed on the shingles themselves.
+
+Why not datasketch: 34 s for 100,000 prompts where this takes 3, time that grows with the square where all are variants of
+one text, and scipy (113 MB) as a requirement.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +44,9 @@ def near_duplicates(
 
     128 minima of hashed pieces are compared in 32 bands of 4, so the time grows as n log n, whatever is alike: a pair of
     similarity s is looked at with probability 1 - (1 - s^4)^32, which is 0.87 at 0.5, 0.9998 at 0.7, and 1 for what is
-    the same. A problem that resembles several test problems need not be shown with the nearest.
+    the same. Of the test problems that share a band two are looked at, and the likeliest of all is confirmed; so a problem
+    that resembles several need not be shown with the nearest, and among hundreds of variants of one text one in ten of
+    those just above `similarity` is missed.
 
     Source: Broder, On the resemblance and containment of documents (1997). Departs: what the hashes propose is confirmed
     on the pieces.

@@ -59,7 +59,15 @@ def loaded_adapter(model: Any, adapter: str) -> Any:
     from peft import PeftModel
 
     with _quiet():
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"adapter {adapter} does not fit {model.config.name_or_path}, which its base_model_name_or_path names: its "
+                f"matrices have other sizes. Write its real base model into {adapter}/{SETTINGS}."
+            ) from error
 
 
 @contextmanager

@@ -133,10 +133,26 @@ def _use(run: Run, adapter: bool) -> str:
         f"```python\n{load}\n"
         f"prompt = {prompt!r}\n"
         'ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")\n'
-        f"out = model.generate(**ids, max_new_tokens={int(config.get('max_new_tokens') or 256)}, do_sample=True, "
-        f"temperature={float(config.get('temperature') or 1.0)}, top_k=0)\n"
+        f"out = model.generate(**ids, {_sampling(config)})\n"
         'print(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))\n```'
     )
+
+
+def _sampling(config: dict[str, Any]) -> str:
+    """The run's sampling, as arguments of `generate`."""
+    options: dict[str, Any] = {
+        "max_new_tokens": int(config.get("max_new_tokens") or 256),
+        "do_sample": True,
+        "temperature": float(config.get("temperature") or 1.0),
+        "top_k": int(config.get("top_k") or 0),
+    }
+    options |= {
+        name: config[name] for name, off in (("top_p", 1.0), ("min_new_tokens", 0)) if config.get(name, off) != off
+    }
+    said = [f"{name}={value!r}" for name, value in options.items()]
+    if config.get("stop"):
+        said += [f"stop_strings={list(map(str, config['stop']))!r}", "tokenizer=tokenizer"]
+    return ", ".join(said)
 
 
 def _evaluation(run: Run, folder: str) -> str:
@@ -158,7 +174,8 @@ def _which(lines: list[dict[str, Any]], folder: str) -> str:
     if folder == "best":
         best = max(lines, key=lambda m: m["accuracy"])
         return (
-            f"These weights are those of step {best['step']}, the best of {len(lines)} evaluations on these problems."
+            f"These weights are those of step {best['step']}, the best of {len(lines)} evaluations on these problems; being "
+            "chosen by it, that accuracy is likely too high."
         )
     return "These weights are those of the last step."
 
@@ -169,6 +186,8 @@ def _change(lines: list[dict[str, Any]]) -> str:
     if len(lines) < 2 or not first or len(first) != len(last):
         return ""
     change = torch.tensor(last, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
+    if not change.any():
+        return f"From step {lines[0]['step']} to step {lines[-1]['step']} the accuracy of no problem changed."
     low, high = (2 * mean_intervals((change[:, None] + 1) / 2)[0] - 1).tolist()  # of shares, which it expects
     return (
         f"From step {lines[0]['step']} to step {lines[-1]['step']} accuracy changed by {float(change.mean()):+.3f} "
@@ -188,7 +207,7 @@ def _training(run: Run) -> str:
         f"{lines[-1]['step']} steps, {lines[-1].get('tokens') or 0:,} sampled tokens, {seconds / 60:.1f} minutes",
         *([f"{supervised} before"] if warmed else []),
         f"mean reward of the first {few} steps {first}, of the last {few} {last}",
-        f"started by {_code(run.info.get('command'))}",
+        *([f"started by {_code(run.info['command'])}"] if run.info.get("command") else []),
         *(f"stopped early: {_code(m.get('reason'))}" for m in run.metrics("stop")),
     ]
     return "\n".join(f"- {fact}" for fact in facts)

@@ -9,9 +9,10 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 
 from apportion.tasks import unverified
-from apportion.train.collecting import requests_of
+from apportion.train.collecting import requests_of, sampling_of
 from apportion.train.config import Config, Options
 from apportion.train.policy import CausalPolicy, check_lengths
+from apportion.train.report import check_tracker
 from apportion.train.rewards import check_rewards
 from apportion.train.schedule import check_schedule, draw
 
@@ -52,6 +53,7 @@ def check(config: Config) -> None:
     _check_updates(config)
     _check_critic(config)
     _check_watch(config)
+    check_tracker(config)
     check_rewards(config)
 
 
@@ -60,7 +62,7 @@ def _check_ranges(config: Config) -> None:
         if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
             raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}; got {getattr(config, name)!r}.")
     for name, low in LOWEST.items():
-        if getattr(config, name) < low:
+        if not getattr(config, name) >= low:  # NaN is not
             raise ValueError(f"{name} must be at least {low}; got {getattr(config, name)}.")
     for name in ABOVE_ZERO:
         if not getattr(config, name) > 0:
@@ -101,6 +103,7 @@ def _check_sampling(config: Config) -> None:
             f"task_weight is {config.task_weight:g}, but the task verifies nothing (verify=None). Give rewards and "
             "task_weight=0, or a verifier."
         )
+    sampling_of(config)  # refuses what it cannot do, such as an empty stop text
 
 
 def _largest_group(config: Config) -> int:

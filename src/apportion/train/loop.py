@@ -89,8 +89,7 @@ def _train(config: Config, policy: CausalPolicy, report: Report, measures: Seque
             state.save()
     if state.watch.reason is not None and state.step < config.steps:
         report.log(state.step, "stop", reason=state.watch.reason)
-    if config.save_model:
-        _save(config, policy)
+    _save(config, policy)
 
 
 def _step(config: Config, policy: CausalPolicy, report: Report, measures: Sequence[Measure], state: State) -> None:
@@ -195,8 +194,9 @@ def load_policy(config: Config) -> CausalPolicy:
 
 def _save(config: Config, policy: CausalPolicy) -> None:
     """RUN/model, and RUN/adapter where an adapter was trained; and the cards of these and of RUN/best."""
-    policy.save(str(config.folder / "model"))
-    if policy.adapted:
+    if config.save_model:
+        policy.save(str(config.folder / "model"))
+    if config.save_model and policy.adapted:
         policy.save_adapter(str(config.folder / "adapter"))
     for name in ("model", "adapter", "best"):
         if (config.folder / name).is_dir():

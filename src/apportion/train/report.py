@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -81,6 +82,16 @@ def evaluated(n: dict[str, Any]) -> str:
     return f"accuracy {n['accuracy']:.3f}{between} on {n.get('n', '?')} problems{told}"
 
 
+def check_tracker(config: Config) -> None:
+    """Refuse a tracker whose package, of the same name, is not installed.
+
+    Raises:
+        ValueError: with the command that installs it.
+    """
+    if config.track != "none" and find_spec(config.track) is None:
+        raise ValueError(f"track {config.track!r} needs the package {config.track}. Run: pip install {config.track}")
+
+
 def _tracker(config: Config) -> Tracker | None:
     makers = {"none": lambda _: None, "tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     made: Tracker | None = makers[config.track](config)
@@ -91,12 +102,8 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, config: Config):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "track 'tensorboard' needs the package tensorboard. Run: pip install tensorboard"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(config.folder / "tensorboard"))
 
     def log(self, step: int, kind: str, numbers: dict[str, Any]) -> None:
@@ -113,10 +120,8 @@ class WeightsAndBiases:
     """A run of wandb (offline if WANDB_MODE says so)."""
 
     def __init__(self, config: Config):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("track 'wandb' needs the package wandb. Run: pip install wandb") from error
+        import wandb
+
         self._run: Any = wandb.init(project="apportion", name=config.folder.name, config=config.printable())
 
     def log(self, step: int, kind: str, numbers: dict[str, Any]) -> None:

@@ -28,12 +28,10 @@ def byte_tokenizer():
     return fast
 
 
-def build_tiny_model(folder: Path, *, hidden: int = 32, layers: int = 2, context: int = 128, seed: int = 0) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_config(tokenizer, *, hidden: int = 32, layers: int = 2, context: int = 128, **more):
+    from transformers import LlamaConfig
 
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -44,10 +42,17 @@ def build_tiny_model(folder: Path, *, hidden: int = 32, layers: int = 2, context
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        tie_word_embeddings=True,
         initializer_range=0.2,
+        **more,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def build_tiny_model(folder: Path, *, seed: int = 0, **shape) -> Path:
+    from transformers import LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(seed)
+    LlamaForCausalLM(tiny_config(tokenizer, tie_word_embeddings=True, **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

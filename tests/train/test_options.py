@@ -4,7 +4,7 @@
 """
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from apportion.record import Run
 from apportion.signals import fixed_ngrams
 from apportion.tasks import Environment, Reply, from_data
 from apportion.train import CausalPolicy, OnlinePRM, SpansFrom, run
+from apportion.train.checks import check, without_effect
 from apportion.train.config import Options
 from apportion.train.kl import reference_kl, steered
 from apportion.train.rewards import Reward
@@ -712,6 +713,12 @@ def test_when_memory_runs_out_the_message_says_what_to_lower(trained, monkeypatc
     with pytest.raises(ValueError, match=r"memory ran out: .* Lower ") as error:
         trained()
     assert settings in str(error.value)
+
+
+def test_a_method_that_does_not_say_what_it_reads_may_be_paid_the_penalty(config, digits):
+    settings = config(task=digits, credit=lambda rollouts: None, mask_truncated=True, kl_coef=0.1, kl_in="reward")
+    check(settings)
+    assert "truncated_reward" not in without_effect(replace(settings, truncated_reward=-1.0))
 
 
 def test_every_option_is_shown_by_a_test():

@@ -9,7 +9,7 @@ from apportion.tasks import Problem
 from apportion.train import Reward, RewardFailed, RewardModel
 from apportion.train.rewards import check_rewards, rewarded
 from apportion.types import Rollouts
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, tiny_config
 
 TEXTS = ["12", "7+5=12, so it is 12", "", "no", "twelve"]
 PLAIN = [Problem(f"p{i}", "7+5=?", "7+5=?\n", "12") for i in range(len(TEXTS))]
@@ -17,7 +17,7 @@ CHAT = [Problem(f"p{i}", "7+5=?", [{"role": "user", "content": "7+5=?"}], "12") 
 
 
 def build(folder, *, labels=1, pad=True, template=True, context=128):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import LlamaForSequenceClassification
 
     tokenizer = byte_tokenizer()
     if not template:
@@ -25,20 +25,7 @@ def build(folder, *, labels=1, pad=True, template=True, context=128):
     if not pad:
         tokenizer.pad_token = None
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        num_labels=labels,
-        initializer_range=0.2,
-    )
+    config = tiny_config(tokenizer, context=context, num_labels=labels)
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -136,7 +136,7 @@ def _check_updates(config: Config) -> None:
             f"kl_in is 'reward', but {config.credit!r} takes the KL penalty off the reward by itself: it would count twice. "
             "Set one of the two to 0, or use kl_in='credit' with kl_coef='kl_coef' in the method."
         )
-    if config.kl_coef and config.kl_in == "reward" and reads and "signals.outcome" not in reads:
+    if config.kl_coef and config.kl_in == "reward" and not config.reads_outcome:
         raise ValueError(
             f"kl_in is 'reward', but {config.credit!r} does not read the outcome, so the KL penalty would do nothing. "
             "Use kl_in='loss'."
@@ -177,41 +177,42 @@ def without_effect(config: Config) -> dict[str, str]:
     """Options that were changed from their default and do nothing in this run, with the reason."""
     one_update = config.inner_epochs * config.mini_batches == 1
     environment = getattr(config.task, "environment", None) is not None
-    no_eval = not config.evaluates
-    reads = getattr(config.credit, "requires", ())
-    unread = bool(reads) and "signals.outcome" not in reads
+    still = one_update and "one update per step keeps the ratio at 1"
+    no_critic = config.critic == "none" and "there is no critic"
+    no_penalty = (not config.kl_coef or config.kl_in != "loss") and "no KL penalty stands in the loss"
+    no_warmup = not config.warmup and "warmup is 0"
+    no_turns = not environment and "the task answers no turns"
+    no_eval = not config.evaluates and "nothing is evaluated"
+    unread = not config.reads_outcome and f"{config.credit!r} reads no outcome"
     idle = {
-        "clip_low": (one_update and "one update per step keeps the ratio at 1")
-        or (config.objective == "cispo" and "cispo has no lower bound"),
-        "clip_high": one_update and "one update per step keeps the ratio at 1",
-        "dual_clip": one_update and "one update per step keeps the ratio at 1",
+        "clip_low": still or (config.objective == "cispo" and "cispo has no lower bound"),
+        "clip_high": still,
+        "dual_clip": still,
         "objective": one_update
         and config.ratio == "token"
         and "one update per step keeps the ratio at 1, where both have the same gradient",
         "correction_cap": config.correction == "none" and "correction is none",
         "kl_in": not config.kl_coef and "kl_coef is 0",
-        "kl_estimator": (not config.kl_coef or config.kl_in != "loss") and "no KL penalty stands in the loss",
-        "kl_weighed": (not config.kl_coef or config.kl_in != "loss") and "no KL penalty stands in the loss",
+        "kl_estimator": no_penalty,
+        "kl_weighed": no_penalty,
         "kl_horizon": config.kl_target is None and "kl_target is None",
-        "critic_lr": config.critic == "none" and "there is no critic",
-        "critic_warmup": config.critic == "none" and "there is no critic",
-        "value_coef": config.critic == "none" and "there is no critic",
-        "value_clip": (config.critic == "none" and "there is no critic")
-        or (one_update and "one update per step begins at the old values, where no bound acts"),
+        "critic_lr": no_critic,
+        "critic_warmup": no_critic,
+        "value_coef": no_critic,
+        "value_clip": no_critic or (one_update and "one update per step begins at the old values, where no bound acts"),
         "lora_alpha": not config.lora_rank and "lora_rank is 0",
-        "warmup_lr": not config.warmup and "warmup is 0",
-        "warmup_batch": not config.warmup and "warmup is 0",
+        "warmup_lr": no_warmup,
+        "warmup_batch": no_warmup,
         "lr_final": config.lr_schedule == "constant" and "lr_schedule is constant",
-        "max_turns": not environment and "the task answers no turns",
-        "tool_seconds": not environment and "the task answers no turns",
+        "max_turns": no_turns,
+        "tool_seconds": no_turns,
         "eval_size": not config.eval_every and "eval_every is 0",
-        "eval_temperature": no_eval and "nothing is evaluated",
-        "eval_samples": no_eval and "nothing is evaluated",
-        "eval_greedy": (no_eval and "nothing is evaluated")
-        or (config.eval_temperature == 0 and "eval_temperature is 0: every response is greedy"),
+        "eval_temperature": no_eval,
+        "eval_samples": no_eval,
+        "eval_greedy": no_eval or (config.eval_temperature == 0 and "eval_temperature is 0: every response is greedy"),
         "group_size": config.group_sizes is not None and "group_sizes decides",
-        "truncated_reward": unread and f"{config.credit!r} reads no outcome",
-        "task_weight": unread and bool(config.task_weight) and f"{config.credit!r} reads no outcome",
+        "truncated_reward": unread,
+        "task_weight": bool(config.task_weight) and unread,
         "reward_seconds": not config.rewards and "no rewards are given; the task's verifier has its own limits",
     }
     changed = {f.name for f in fields(Options) if getattr(config, f.name) != f.default}

@@ -102,20 +102,12 @@ def requests_of(config: Config, problems: Sequence[Problem]) -> list[Request]:
 
 
 def flat_groups(rollouts: Rollouts) -> Bool[Tensor, " G"]:
-    """Groups whose measured outcomes are all equal, [G]: their baseline leaves nothing to learn."""
-    low, top = outcome_range(rollouts)
-    return top <= low
-
-
-def outcome_range(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest measured outcome of each group, [G]; inf and -inf where none is measured."""
+    """Groups whose measured outcomes are all equal, or none is measured, [G]: their baseline leaves nothing to learn."""
     outcome = rollouts.signals["outcome"].values.double()
-    low = outcome.new_full((rollouts.num_groups,), torch.inf)
-    groups = rollouts.trajectory_groups
-    return (
-        low.scatter_reduce(0, groups, outcome.nan_to_num(torch.inf), "amin"),
-        (-low).scatter_reduce(0, groups, outcome.nan_to_num(-torch.inf), "amax"),
-    )
+    groups, beyond = rollouts.trajectory_groups, outcome.new_full((rollouts.num_groups,), torch.inf)
+    low = beyond.scatter_reduce(0, groups, outcome.nan_to_num(torch.inf), "amin")
+    top = (-beyond).scatter_reduce(0, groups, outcome.nan_to_num(-torch.inf), "amax")
+    return top <= low
 
 
 def _sampled(config: Config, sample: Sample, problems: list[Problem], step: int, turn: int, bar: Any) -> Rollouts:

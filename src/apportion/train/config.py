@@ -311,6 +311,12 @@ class Config(Options):
         return {k: _plain(v) for k, v in values.items()}
 
     @property
+    def reads_outcome(self) -> bool:
+        """The credit method says that it reads the outcome, or does not say what it reads."""
+        reads = getattr(self.credit, "requires", ())
+        return not reads or "signals.outcome" in reads
+
+    @property
     def rate_of_critic(self) -> float:
         """`critic_lr`, or what it stands for."""
         if self.critic_lr is not None:
